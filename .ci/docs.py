@@ -39,10 +39,23 @@ class Stage:
         self.cache = cache
         self.site = f"{cfg.doc_host}{cfg.doc_baseurl}/"
         self.files = f"{cfg.git_url}/blob/{cfg.branch}/"
+        self.shown = {plain_name(o.relative_to(cache)).with_suffix('.html').as_posix(): set(self.headings(o)) for o in cache.rglob('*.ipynb')}
+
+    def headings(self, path):
+        "The anchors of the names that a page documents."
+        for cell in json.loads(path.read_text())['cells']:
+            for out in cell.get('outputs', []):
+                yield from (o.lower() for o in re.findall(r'^### (\S+)$', ''.join(out.get('data', {}).get('text/markdown', '')), re.M))
+
+    def api(self, href):
+        "A link to a name of the package: to the name, else to the class it belongs to, else to the page."
+        page, _, name = href.partition('#')
+        shown = [o for o in (name, name.rpartition('.')[0]) if o in self.shown.get(page, ())]
+        return f'{page}#{shown[0]}' if shown else page
 
     def link(self, href, up):
         "A link: to the site itself relative, to a notebook by its page's name, out of nbs/ to the repository."
-        if href.startswith(self.site): return up + href.removeprefix(self.site)
+        if href.startswith(self.site): return up + self.api(href.removeprefix(self.site))
         if re.match(r'[a-z]+:|[#/]', href): return href
         path, mark, anchor = href.partition('#')
         if path.startswith(up + '../'): return self.files + path.removeprefix(up + '../') + mark + anchor

@@ -8,7 +8,7 @@ __all__ = ['VENDORS', 'UNSEEN', 'SUBJECTS', 'PATTERNS', 'RARE', 'classes', 'colo
            'new_vae', 'new_unet', 'new_text_encoder', 'new_scheduler', 'train_loop', 'batch_at', 'jitter', 'autocast',
            'train_captioner', 'swapped', 'itc_loss', 'train_matcher', 'train_vae', 'latents', 'train_diffusion',
            'to_pipeline', 'install', 'subject_scene', 'named', 'caption_accuracy', 'distinct', 'matcher_accuracy',
-           'print_accuracy', 'measure', 'main']
+           'print_accuracy', 'card', 'measure', 'main']
 
 # %% ../nbs/30_emoji.ipynb #103abcd4
 import argparse, colorsys, io, json, re, time
@@ -104,7 +104,7 @@ def draw(self:Art,
         self._drawn[vendor, icon] = im.crop(im.getchannel('A').getbbox())
     return self._drawn[vendor, icon]
 
-# %% ../nbs/30_emoji.ipynb #cd7224af
+# %% ../nbs/30_emoji.ipynb #882941e3
 PATTERNS = ('striped', 'dotted', 'checked')
 
 @dataclass
@@ -127,7 +127,7 @@ class Scene:
         what = ' and '.join(art(f'{t.word} {t.noun}'.strip()) for t in self.things)
         return f"{what} on {art(f'{self.pattern} {self.colour}'.strip())} background"
 
-# %% ../nbs/30_emoji.ipynb #9eb64d84
+# %% ../nbs/30_emoji.ipynb #73475949
 _SPLITS = dict(read=0, print=1, heldout=2, unseen=3)  # what a scene is for: train readers, train the printer, measure
 
 def _thing(rng, noun, vendors, rough, size, x, y, word=''):
@@ -159,7 +159,7 @@ def scene(
     pattern = str(rng.choice(['', *PATTERNS], p=[.79, .07, .07, .07]))
     return Scene(things, str(rng.choice(list(colours()))), pattern, bool(not pattern and rng.random() < .3), int(rng.integers(2**31)))
 
-# %% ../nbs/30_emoji.ipynb #e5dd3869
+# %% ../nbs/30_emoji.ipynb #4ffafcdb
 def _shade(rgb, k): # k > 0 towards white, k < 0 towards black
     return np.clip(np.asarray(rgb) + (255 - np.asarray(rgb) if k > 0 else np.asarray(rgb))*k, 0, 255)
 
@@ -183,7 +183,7 @@ def background(
     elif sc.pattern == 'dotted': m = ((x*f % 1 - .5)**2 + (y*f % 1 - .5)**2 < .08)*1.
     return base + (other - base)*m[..., None]
 
-# %% ../nbs/30_emoji.ipynb #3d1c7a67
+# %% ../nbs/30_emoji.ipynb #f9e05e28
 def _recolour(im, hue, light): # im RGBA -> RGBA
     rgb, a = im.convert('RGB'), im.getchannel('A')
     if abs(hue) > .45: rgb = rgb.convert('L').convert('RGB')
@@ -219,7 +219,7 @@ def render(
         im.paste(ic, (round(t.x*big - ic.width/2), round(t.y*big - ic.height/2)), ic)
     return im.resize((px, px), Image.LANCZOS)
 
-# %% ../nbs/30_emoji.ipynb #2b3ba5a7
+# %% ../nbs/30_emoji.ipynb #8705b8de
 def scene_set(
     art:Art,        # the icons
     split:str,      # read | print | heldout | unseen
@@ -240,7 +240,7 @@ def scene_set(
         px_all.append(np.load(f)); caps += json.loads(g.read_text())
     return np.concatenate(px_all)[:n], caps[:n]
 
-# %% ../nbs/30_emoji.ipynb #67d3c6d0
+# %% ../nbs/30_emoji.ipynb #74ffa1c6
 RARE = ('sks', 'zwx', 'ohwx')
 
 def words() -> list: # every word a caption or a usual prompt may hold
@@ -257,24 +257,31 @@ def wordpiece():
     return BertTokenizer(vocab={w: i for i, w in enumerate(vocab)}, model_max_length=48,
                          additional_special_tokens=['[DEC]', '[ENC]'])
 
-# %% ../nbs/30_emoji.ipynb #d04b8021
+# %% ../nbs/30_emoji.ipynb #2f1eec5a
+def _pieces(word, ranks): # byte-pair encoding of one word: join the earliest-learned pair until none is left
+    p = [*word[:-1], word[-1] + '</w>']
+    while len(p) > 1:
+        r, i = min((ranks.get(pair, 1e9), i) for i, pair in enumerate(zip(p, p[1:])))
+        if r == 1e9: return p
+        p[i:i+2] = [p[i] + p[i+1]]
+    return p
+
 def bpe(
     max_length=24, # tokens of a padded prompt
 ):
     "A CLIP tokenizer whose merges build each of the grammar's words, and the rare identifiers."
     from transformers import CLIPTokenizer
     from tokenizers.pre_tokenizers import ByteLevel
-    alphabet, merges = sorted(ByteLevel.alphabet()), []
+    alphabet, ranks = sorted(ByteLevel.alphabet()), {}
     for w in [*words(), *RARE]:
-        left = w[0] if len(w) > 1 else None
-        for i, c in enumerate(w[1:], 1):
-            right = c + '</w>' if i == len(w) - 1 else c
-            if (left, right) not in merges: merges.append((left, right))
-            left += right
-    vocab = dict.fromkeys([*alphabet, *(c + '</w>' for c in alphabet), *(a + b for a, b in merges), '<|startoftext|>', '<|endoftext|>'])
-    return CLIPTokenizer(vocab={w: i for i, w in enumerate(vocab)}, merges=merges, model_max_length=max_length)
+        p = _pieces(w, ranks)
+        while len(p) > 1:
+            ranks[p[0], p[1]] = len(ranks)
+            p[:2] = [p[0] + p[1]]
+    vocab = dict.fromkeys([*alphabet, *(c + '</w>' for c in alphabet), *(a + b for a, b in ranks), '<|startoftext|>', '<|endoftext|>'])
+    return CLIPTokenizer(vocab={w: i for i, w in enumerate(vocab)}, merges=list(ranks), model_max_length=max_length)
 
-# %% ../nbs/30_emoji.ipynb #1f8a3d4a
+# %% ../nbs/30_emoji.ipynb #d500832e
 def _blip_config(decoder, layers):
     from transformers import BlipConfig
     tk = wordpiece()
@@ -294,7 +301,7 @@ def new_matcher():
     from transformers import BlipForImageTextRetrieval
     return BlipForImageTextRetrieval(_blip_config(False, 2))
 
-# %% ../nbs/30_emoji.ipynb #49eead86
+# %% ../nbs/30_emoji.ipynb #a0733dad
 def new_vae():
     "An autoencoder with four latent channels at a quarter of the size, untrained."
     from diffusers import AutoencoderKL
@@ -322,7 +329,7 @@ def new_scheduler():
     return DDIMScheduler(beta_start=.00085, beta_end=.02, beta_schedule='scaled_linear', prediction_type='v_prediction',
                          timestep_spacing='trailing', clip_sample=False, set_alpha_to_one=True)
 
-# %% ../nbs/30_emoji.ipynb #f84930cf
+# %% ../nbs/30_emoji.ipynb #bcb8cf1d
 def _lr(step, steps, warm=300): # warm-up, then cosine to a twentieth
     return min(1, (step + 1)/warm)*(.05 + .95*.5*(1 + np.cos(np.pi*min(1, step/steps))))
 
@@ -338,7 +345,7 @@ def _unpack(flat, model, ema, opt):
         s = {k: flat[f'{k}/{n}'] for k in ('step', 'exp_avg', 'exp_avg_sq') if f'{k}/{n}' in flat}
         if s: opt.state[p] = s
 
-# %% ../nbs/30_emoji.ipynb #befa4aa9
+# %% ../nbs/30_emoji.ipynb #55dbe453
 def train_loop(
     model,          # module whose parameters train
     loss_fn,        # step number -> loss
@@ -376,7 +383,7 @@ def train_loop(
             saved = time.time()
     return ema
 
-# %% ../nbs/30_emoji.ipynb #e7f0d706
+# %% ../nbs/30_emoji.ipynb #f4c0c6c6
 def batch_at(
     n:int,      # how many scenes there are
     bs:int,     # batch size
@@ -403,7 +410,7 @@ def autocast():
     fast = torch.ops.mkldnn._is_mkldnn_bf16_supported() if torch.backends.mkldnn.is_available() else False
     return torch.autocast('cpu', torch.bfloat16, enabled=fast)
 
-# %% ../nbs/30_emoji.ipynb #a529352e
+# %% ../nbs/30_emoji.ipynb #3206aad1
 _MEAN, _STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)  # CLIP's, as BLIP uses them
 
 def _pixels(a): # (b, h, w, 3) uint8 -> normalised (b, 3, h, w)
@@ -414,7 +421,8 @@ def train_captioner(
     art:Art,         # the icons
     out,             # folder of scenes and running states
     steps:int=7000,  # of `bs`
-    bs:int=128,      # pictures a step
+    bs:int=32,       # pictures a step
+    lr:float=7e-4,   # peak learning rate
     n:int=60000,     # scenes
 ):
     "Train the captioner on `read` scenes; returns it with its averaged weights."
@@ -426,10 +434,10 @@ def train_captioner(
         i, g = batch_at(n, bs, step), torch.Generator().manual_seed(step)
         x, t, m = jitter(_pixels(px[i]), g), ids['input_ids'][i], ids['attention_mask'][i]
         with autocast(): return model(pixel_values=x, input_ids=t, attention_mask=m, labels=t.masked_fill(m == 0, -100)).loss
-    model.load_state_dict(train_loop(model, loss, Path(out)/'captioner.safetensors', steps))
+    model.load_state_dict(train_loop(model, loss, Path(out)/'captioner.safetensors', steps, lr))
     return model.eval()
 
-# %% ../nbs/30_emoji.ipynb #a322ac75
+# %% ../nbs/30_emoji.ipynb #bd65b98f
 def swapped(
     caption:str,             # a true caption
     rng:np.random.Generator, # the dice
@@ -443,7 +451,7 @@ def swapped(
         if ws[j] in ('a', 'an'): ws[j] = 'an' if ws[j+1][0] in 'aeiou' else 'a'
     return ' '.join(ws)
 
-# %% ../nbs/30_emoji.ipynb #3575c2b1
+# %% ../nbs/30_emoji.ipynb #ba93bb8f
 def itc_loss(
     v:torch.Tensor,    # (b, d) image embeddings, unit length
     t:torch.Tensor,    # (b, d) text embeddings, unit length
@@ -489,7 +497,7 @@ def train_matcher(
     model.load_state_dict({k: v for k, v in state.items() if k != 'temp'})
     return model.eval()
 
-# %% ../nbs/30_emoji.ipynb #6ae408b3
+# %% ../nbs/30_emoji.ipynb #b46abe29
 def _edges(x): return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
 
 def train_vae(
@@ -530,7 +538,7 @@ def latents(
         save_file({'mean': torch.cat(m), 'std': torch.cat(s)}, out)
     return load_file(out)
 
-# %% ../nbs/30_emoji.ipynb #c6de62a4
+# %% ../nbs/30_emoji.ipynb #b32f0303
 def train_diffusion(
     art:Art,         # the icons
     out,             # folder of scenes and running states; the trained autoencoder's state is there
@@ -567,7 +575,7 @@ def train_diffusion(
     model.unet.set_attn_processor(AttnProcessor2_0())
     return to_pipeline(vae, model.eval(), sch, tk, scale)
 
-# %% ../nbs/30_emoji.ipynb #9b18b4ae
+# %% ../nbs/30_emoji.ipynb #0ca41449
 def to_pipeline(vae, model, scheduler, tokenizer, scale):
     "The trained parts as a StableDiffusionPipeline."
     from diffusers import StableDiffusionPipeline
@@ -575,7 +583,7 @@ def to_pipeline(vae, model, scheduler, tokenizer, scale):
     return StableDiffusionPipeline(vae=vae, text_encoder=model.text_encoder, tokenizer=tokenizer, unet=model.unet, scheduler=scheduler,
                                    safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
-# %% ../nbs/30_emoji.ipynb #48295fed
+# %% ../nbs/30_emoji.ipynb #bb5056df
 def install(
     kind:str, # captioner | matcher | diffusion | subjects
     model,    # the trained model or pipeline; the art for subjects
@@ -591,7 +599,7 @@ def install(
         if kind != 'diffusion':
             BlipProcessor(BlipImageProcessorPil(size=dict(height=64, width=64)), wordpiece()).save_pretrained(tmp)
 
-# %% ../nbs/30_emoji.ipynb #53f86d16
+# %% ../nbs/30_emoji.ipynb #26f2705b
 def subject_scene(
     noun:str, # a held-out subject
     i:int,    # which photo
@@ -604,11 +612,12 @@ def subject_scene(
     return Scene([t], str(order[i]), seed=int(rng.integers(2**31)))
 
 def _subjects(art, folder, n=4, px=192):
+    atomic_write(folder/'README.md', 'Photos of the held-out subjects: scenes with artwork of Fluent Emoji (c) Microsoft Corporation, MIT licence.\n')
     for noun in SUBJECTS:
         (folder/noun).mkdir()
         for i in range(n): render(subject_scene(noun, i), art, px).save(folder/noun/f'{i}.png', optimize=True)
 
-# %% ../nbs/30_emoji.ipynb #898f7e46
+# %% ../nbs/30_emoji.ipynb #0cfb29f0
 def named(
     text:str, # a caption
 ) -> tuple:   # (set of nouns, set of colours)
@@ -632,7 +641,7 @@ def caption_accuracy(
     col = [g[1] == {s.colour} for g, s in zip(got, scs)]
     return dict(objects=np.mean(obj).item(), colour=np.mean(col).item(), both=np.mean([a and b for a, b in zip(obj, col)]).item(), n=n)
 
-# %% ../nbs/30_emoji.ipynb #42fb036c
+# %% ../nbs/30_emoji.ipynb #2d600f6e
 def distinct(
     art:Art,     # the icons
     n:int=100,   # scenes
@@ -664,7 +673,7 @@ def matcher_accuracy(
         wins.append(true > .5 > false)
     return dict(image_to_text=float(np.mean(i2t)), text_to_image=float(np.mean(t2i)), itm_swaps=float(np.mean(wins)), n=n)
 
-# %% ../nbs/30_emoji.ipynb #2015bb0d
+# %% ../nbs/30_emoji.ipynb #17af12b3
 def print_accuracy(
     pipe,           # a StableDiffusionPipeline
     captioner,      # who reads the prints
@@ -686,7 +695,50 @@ def print_accuracy(
     return dict(object=np.mean([x in g[0] for x, g in zip(nouns, got)]).item(), colour=np.mean([c in g[1] for c, g in zip(cols, got)]).item(),
                 n=len(prompts), missed=wrong), images, prompts
 
-# %% ../nbs/30_emoji.ipynb #fd2caa8e
+# %% ../nbs/30_emoji.ipynb #e6382781
+_CARDS = dict(
+    captioner=('blip', 'A small BLIP captioner (`BlipForConditionalGeneration`, 7.9M parameters) that reads the emoji world.',
+               'blipbooth.emoji.train_captioner: cross-entropy on captions, label smoothing 0.1, AdamW, cosine schedule, averaged weights.'),
+    matcher=('blip', 'A small BLIP matcher (`BlipForImageTextRetrieval`, 6.0M parameters): contrastive embeddings and a matching head.',
+             'blipbooth.emoji.train_matcher: contrast within a batch, matching against hard negatives and captions with one word swapped.'),
+    diffusion=('stable-diffusion', 'A small Stable Diffusion (15M parameters, 64×64 pictures) that prints the emoji world.',
+               'blipbooth.emoji.train_vae, then train_diffusion: v-prediction, captions dropped one time in ten, averaged weights.'))
+
+_DATA = """Scenes of 64×64 pixels with one or two objects on a named colour, drawn by `blipbooth.emoji` from six icon sets: noto and noto-v1
+(Google, Apache-2.0), twemoji (Twitter and contributors, CC-BY-4.0), emojione (EmojiOne, CC-BY-4.0), fluent-emoji and fluent-emoji-flat
+(Microsoft, MIT). Held out of training: all of openmoji, and the fluent-emoji artwork of """ + ', '.join(SUBJECTS) + "."
+
+def card(
+    kind:str,     # captioner | matcher | diffusion
+    quality:dict, # what `measure` found
+) -> str:         # Markdown
+    "The model card of a bundled model."
+    tag, what, recipe = _CARDS[kind]
+    keys = dict(captioner=['one_object', 'two_objects', 'openmoji'], matcher=['matcher'], diffusion=['prints'])[kind]
+    rows = '\n'.join(f'| {k}: {m} | {v:.3f} |' for k in keys for m, v in quality[k].items() if isinstance(v, float))
+    return f"""---
+license: apache-2.0
+tags: [{tag}, emoji]
+---
+# blipbooth {kind}
+
+{what}
+
+**Data.** {_DATA}
+
+**Recipe.** {recipe} Retrain: `python -m blipbooth.emoji train {'vae` and `… train diffusion' if kind == 'diffusion' else kind} --art ART`.
+
+**Quality**, by `python -m blipbooth.emoji measure --art ART`:
+
+| what | share |
+|---|---|
+{rows}
+
+**Not for** photographs, people, text, or anything outside the nouns and colours of `emoji.classes()` and `emoji.colours()`.
+It is here so that every claim of this package can be tested offline; for photographs, load a real checkpoint by name.
+"""
+
+# %% ../nbs/30_emoji.ipynb #c02b553f
 def measure(
     art:Art,    # the icons
     out=None,   # JSON file; None: blipbooth/models/quality.json
@@ -701,9 +753,11 @@ def measure(
              openmoji=caption_accuracy(cap, art, n, 'unseen', two=False), matcher=matcher_accuracy(m, art, n),
              prints=print_accuracy(load_pipeline(), cap, max(1, n//len(classes())))[0])
     atomic_write(out or bundled('captioner').parent/'quality.json', json.dumps(r, indent=1) + '\n')
+    if not out:
+        for kind in _CARDS: atomic_write(bundled(kind)/'README.md', card(kind, r))
     return r
 
-# %% ../nbs/30_emoji.ipynb #7f598f85
+# %% ../nbs/30_emoji.ipynb #13d566fc
 _TRAIN = dict(captioner=train_captioner, matcher=train_matcher, vae=train_vae, diffusion=train_diffusion)
 
 def main(
