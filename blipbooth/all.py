@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/40_all.ipynb #8b8389af
+# %% ../nbs/40_all.ipynb #b0b00b8e
 from .core import *
 from .images import *
 from .captioning import *
@@ -17,6 +17,9 @@ from .concept import *
 from .learner import *
 from .callbacks import *
 from .dreambooth import *
+from .evaluation import *
+from .booth import *
+from . import emoji
 
 # %% ../nbs/40_all.ipynb #aeab2056
 __all__ = sorted(o for o in globals() if not o.startswith('_'))

@@ -23,7 +23,7 @@ from .matching import Matcher
 from .priors import article, class_prompts, load_priors, make_priors as draw_priors
 from .sampling import load_pipeline, sample
 
-# %% ../nbs/20_booth.ipynb #b54b6383
+# %% ../nbs/20_booth.ipynb #df991ef8
 class Booth:
     "A session: one subject, one run folder."
     def __init__(self,
@@ -39,6 +39,7 @@ class Booth:
         if not c.class_noun: raise BoothError('no class noun; say what the subject is, such as class_noun=fox')
         if photos is None and not c.photos: raise BoothError('no photos; name a folder with three to five photos of the subject')
         self.photos = load_images(c.photos if photos is None else photos)
+        if len(self.photos) < c.min_photos: raise BoothError(f'{len(self.photos)} photo of the subject; {c.min_photos} to 5 are needed, add more (or pass min_photos=1)')
         if isinstance(photos, (str, Path)): c.photos = str(photos)
         self.cfg, self.device, self.seconds = config, Settings.auto(device).device, {}
         check_name(self.pipe.tokenizer, c.token, c.class_noun)

@@ -7,7 +7,7 @@ __all__ = ['TrainConfig', 'PriorConfig', 'CheckpointConfig', 'DreamBoothConfig',
            'parameter_table', 'DreamBoothLoss', 'default_lr', 'resolution', 'build_learner', 'open_run',
            'export_pipeline']
 
-# %% ../nbs/13_dreambooth.ipynb #14b3b55c
+# %% ../nbs/13_dreambooth.ipynb #0046ce46
 import dataclasses, json, shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from .callbacks import Checkpoints, Interrupts, LossLog, NaNGuard, Progress, load_weights
+from .captioning import quiet_transformers
 from .concept import Concept, check_name, training_set
 from .core import BoothError, atomic_dir, atomic_write, generator, nearest, stateless_seed
 from .diffusion import add_noise, alpha_sigma, min_snr_weight, prior_loss, snr, target
@@ -48,11 +49,12 @@ class CheckpointConfig:
     every:int = _f(200, 'steps between two checkpoints')
     keep:int = _f(3, 'how many are kept')
 
-# %% ../nbs/13_dreambooth.ipynb #b9e8f910
+# %% ../nbs/13_dreambooth.ipynb #86d082d3
 @dataclass
 class DreamBoothConfig:
     "Everything a DreamBooth run is made from."
     photos:str = _f('', 'folder with three to five photos of the subject')
+    min_photos:int = _f(2, 'fewest photos that are accepted; one photo teaches its background, too')
     token:str = _f('sks', 'rare token that will mean the subject')
     class_noun:str = _f('', 'what the subject is, such as "fox"')
     out:str = _f('', 'run folder; empty: runs/CLASS_NOUN')
@@ -287,7 +289,7 @@ def open_run(
     load_weights(choose_parts(pipe, cfg), checkpoint)
     return pipe, cfg
 
-# %% ../nbs/13_dreambooth.ipynb #d0255d8a
+# %% ../nbs/13_dreambooth.ipynb #a60a3adf
 def export_pipeline(
     pipe,   # a trained StableDiffusionPipeline
     folder, # where to, whole or not at all
@@ -302,4 +304,4 @@ def export_pipeline(
                     setattr(parent, name, child.get_base_layer())
         if getattr(part, 'peft_config', None): del part.peft_config
         if getattr(part, '_hf_peft_config_loaded', False): part._hf_peft_config_loaded = False
-    with atomic_dir(folder) as tmp: pipe.save_pretrained(tmp, safe_serialization=True)
+    with quiet_transformers(), atomic_dir(folder) as tmp: pipe.save_pretrained(tmp, safe_serialization=True)

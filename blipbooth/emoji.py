@@ -6,9 +6,9 @@
 __all__ = ['VENDORS', 'UNSEEN', 'SUBJECTS', 'PATTERNS', 'RARE', 'classes', 'colours', 'held_out', 'Art', 'Thing', 'Scene',
            'scene', 'background', 'render', 'scene_set', 'words', 'wordpiece', 'bpe', 'new_captioner', 'new_matcher',
            'new_vae', 'new_unet', 'new_text_encoder', 'new_scheduler', 'train_loop', 'batch_at', 'jitter', 'autocast',
-           'train_captioner', 'swapped', 'itc_loss', 'train_matcher', 'train_vae', 'latents', 'train_diffusion',
-           'to_pipeline', 'install', 'subject_scene', 'named', 'caption_accuracy', 'distinct', 'matcher_accuracy',
-           'print_accuracy', 'card', 'measure', 'main']
+           'train_captioner', 'swapped', 'twins', 'triples', 'drawing_loss', 'itc_loss', 'train_matcher', 'train_vae',
+           'latents', 'train_diffusion', 'to_pipeline', 'install', 'subject_scene', 'named', 'caption_accuracy',
+           'distinct', 'matcher_accuracy', 'print_accuracy', 'card', 'measure', 'main']
 
 # %% ../nbs/30_emoji.ipynb #103abcd4
 import argparse, colorsys, io, json, re, time
@@ -451,7 +451,41 @@ def swapped(
         if ws[j] in ('a', 'an'): ws[j] = 'an' if ws[j+1][0] in 'aeiou' else 'a'
     return ' '.join(ws)
 
-# %% ../nbs/30_emoji.ipynb #ba93bb8f
+# %% ../nbs/30_emoji.ipynb #16ccf2a5
+def twins(
+    art:Art, # the icons
+    n:int,   # scenes of the `read` split
+) -> dict:   # {noun: {vendor: scenes with that drawing alone, shapes and hues as drawn}}
+    "Which scenes show the same drawing."
+    out = {}
+    for i in range(n):
+        ts = scene(art, i, 'read').things
+        if len(ts) == 1 and abs(ts[0].hue) < .05 and not ts[0].outline: out.setdefault(ts[0].noun, {}).setdefault(ts[0].vendor, []).append(i)
+    out = {n: {v: s for v, s in vs.items() if len(s) > 1} for n, vs in out.items()}
+    return {n: vs for n, vs in out.items() if len(vs) > 1}
+
+def triples(
+    groups:dict, # from `twins`
+    bs:int,      # how many
+    step:int,    # which step
+) -> np.ndarray: # (3, bs): a scene, another of the same drawing, one of the same noun by another vendor
+    "Scenes for telling drawings apart: a function of the step."
+    rng, rows = np.random.default_rng([11, step]), []
+    for noun in rng.choice(list(groups), bs, replace=False):
+        a, b = rng.choice(list(groups[noun]), 2, replace=False)
+        rows.append([*rng.choice(groups[noun][a], 2, replace=False), rng.choice(groups[noun][b])])
+    return np.array(rows).T
+
+def drawing_loss(
+    v:torch.Tensor, # (3b, d) embeddings of `triples`, unit length
+    temp:float=.1,  # temperature
+) -> torch.Tensor:
+    "Each drawing has to find itself on another background, among other drawings, one of them of the same thing."
+    a, same, other = v.chunk(3)
+    s = torch.cat([a@same.T, a@other.T], 1)/temp
+    return F.cross_entropy(s, torch.arange(len(a)))
+
+# %% ../nbs/30_emoji.ipynb #a8026302
 def itc_loss(
     v:torch.Tensor,    # (b, d) image embeddings, unit length
     t:torch.Tensor,    # (b, d) text embeddings, unit length
@@ -467,37 +501,37 @@ def train_matcher(
     art:Art,          # the icons
     out,              # folder of scenes and running states; the trained captioner's state is there
     steps:int=5000,   # of `bs`
-    bs:int=96,        # pictures a step
+    bs:int=24,        # triples of pictures a step
     n:int=60000,      # scenes
+    lr:float=5e-4,    # peak learning rate
 ):
     "Train the matcher on `read` scenes; returns it with its averaged weights."
     px, caps = scene_set(art, 'read', n, Path(out)/'scenes')
-    tk, model, start = wordpiece(), new_matcher().train(), load_file(Path(out)/'captioner.safetensors')
+    groups, tk, model, start = twins(art, n), wordpiece(), new_matcher().train(), load_file(Path(out)/'captioner.safetensors')
     model.vision_model.load_state_dict({k[17:]: v for k, v in start.items() if k.startswith('ema/vision_model.')})
     model.register_parameter('temp', torch.nn.Parameter(torch.tensor(.07)))
     enc = lambda cs: tk(cs, padding=True, return_tensors='pt')
     def loss(step):
-        i, g, rng = batch_at(n, bs, step), torch.Generator().manual_seed(step), np.random.default_rng([5, step])
+        i, g, rng = np.concatenate([*triples(groups, bs, step), batch_at(n, bs, step)]), torch.Generator().manual_seed(step), np.random.default_rng([5, step])
         cs = [caps[k] for k in i]
         with autocast():
             h = model.vision_model(jitter(_pixels(px[i]), g)).last_hidden_state
             e = enc(cs)
             v = F.normalize(model.vision_proj(h[:, 0]), dim=-1).float()
             t = F.normalize(model.text_proj(model.text_encoder(e.input_ids, e.attention_mask).last_hidden_state[:, 0]), dim=-1).float()
-            same = torch.tensor([[a == b for b in cs] for a in cs])
-            con = itc_loss(v, t, same, model.temp.clamp(.01, .5))
-            odds = ((v@t.T)/model.temp.clamp(.01, .5)).detach().masked_fill(same, -1e4).softmax(1)
-            hard = [cs[k] for k in torch.multinomial(odds, 1, generator=g)[:, 0]]
-            e = enc(cs + hard + [swapped(c, rng) for c in cs])
-            z = model.text_encoder(e.input_ids, e.attention_mask, encoder_hidden_states=h.repeat(3, 1, 1)).last_hidden_state[:, 0]
-            y = torch.tensor([1]*bs + [0]*2*bs)
-            return con + F.cross_entropy(model.itm_head(z).float(), y, weight=torch.tensor([1., 2.]))
-    state = train_loop(model, loss, Path(out)/'matcher.safetensors', steps, lr=6e-4)
+            same, temp = torch.tensor([[a == b for b in cs] for a in cs]), model.temp.clamp(.01, .5)
+            odds = (v@t.T/temp).detach().masked_fill(same, -1e4).softmax(1)
+            hard, q = [cs[k] for k in torch.multinomial(odds, 1, generator=g)[:, 0]], len(cs)//2
+            e = enc(cs[q:] + hard[q:] + [swapped(c, rng) for c in cs[q:]])
+            z = model.text_encoder(e.input_ids, e.attention_mask, encoder_hidden_states=h[q:].repeat(3, 1, 1)).last_hidden_state[:, 0]
+            y = torch.tensor([1]*(len(cs) - q) + [0]*2*(len(cs) - q))
+            return itc_loss(v, t, same, temp) + .5*drawing_loss(v[:3*bs]) + F.cross_entropy(model.itm_head(z).float(), y)
+    state = train_loop(model, loss, Path(out)/'matcher.safetensors', steps, lr=lr)
     del model.temp
     model.load_state_dict({k: v for k, v in state.items() if k != 'temp'})
     return model.eval()
 
-# %% ../nbs/30_emoji.ipynb #b46abe29
+# %% ../nbs/30_emoji.ipynb #0e03d603
 def _edges(x): return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
 
 def train_vae(
@@ -538,7 +572,7 @@ def latents(
         save_file({'mean': torch.cat(m), 'std': torch.cat(s)}, out)
     return load_file(out)
 
-# %% ../nbs/30_emoji.ipynb #b32f0303
+# %% ../nbs/30_emoji.ipynb #a30fb2a1
 def train_diffusion(
     art:Art,         # the icons
     out,             # folder of scenes and running states; the trained autoencoder's state is there
@@ -575,7 +609,7 @@ def train_diffusion(
     model.unet.set_attn_processor(AttnProcessor2_0())
     return to_pipeline(vae, model.eval(), sch, tk, scale)
 
-# %% ../nbs/30_emoji.ipynb #0ca41449
+# %% ../nbs/30_emoji.ipynb #7caa629a
 def to_pipeline(vae, model, scheduler, tokenizer, scale):
     "The trained parts as a StableDiffusionPipeline."
     from diffusers import StableDiffusionPipeline
@@ -583,7 +617,7 @@ def to_pipeline(vae, model, scheduler, tokenizer, scale):
     return StableDiffusionPipeline(vae=vae, text_encoder=model.text_encoder, tokenizer=tokenizer, unet=model.unet, scheduler=scheduler,
                                    safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
-# %% ../nbs/30_emoji.ipynb #bb5056df
+# %% ../nbs/30_emoji.ipynb #1bfb3e15
 def install(
     kind:str, # captioner | matcher | diffusion | subjects
     model,    # the trained model or pipeline; the art for subjects
@@ -599,7 +633,7 @@ def install(
         if kind != 'diffusion':
             BlipProcessor(BlipImageProcessorPil(size=dict(height=64, width=64)), wordpiece()).save_pretrained(tmp)
 
-# %% ../nbs/30_emoji.ipynb #26f2705b
+# %% ../nbs/30_emoji.ipynb #2fabb444
 def subject_scene(
     noun:str, # a held-out subject
     i:int,    # which photo
@@ -617,7 +651,7 @@ def _subjects(art, folder, n=4, px=192):
         (folder/noun).mkdir()
         for i in range(n): render(subject_scene(noun, i), art, px).save(folder/noun/f'{i}.png', optimize=True)
 
-# %% ../nbs/30_emoji.ipynb #0cfb29f0
+# %% ../nbs/30_emoji.ipynb #cfd34f58
 def named(
     text:str, # a caption
 ) -> tuple:   # (set of nouns, set of colours)
@@ -641,7 +675,7 @@ def caption_accuracy(
     col = [g[1] == {s.colour} for g, s in zip(got, scs)]
     return dict(objects=np.mean(obj).item(), colour=np.mean(col).item(), both=np.mean([a and b for a, b in zip(obj, col)]).item(), n=n)
 
-# %% ../nbs/30_emoji.ipynb #2d600f6e
+# %% ../nbs/30_emoji.ipynb #bb4274f1
 def distinct(
     art:Art,     # the icons
     n:int=100,   # scenes
@@ -673,7 +707,7 @@ def matcher_accuracy(
         wins.append(true > .5 > false)
     return dict(image_to_text=float(np.mean(i2t)), text_to_image=float(np.mean(t2i)), itm_swaps=float(np.mean(wins)), n=n)
 
-# %% ../nbs/30_emoji.ipynb #17af12b3
+# %% ../nbs/30_emoji.ipynb #4edc3290
 def print_accuracy(
     pipe,           # a StableDiffusionPipeline
     captioner,      # who reads the prints
@@ -695,7 +729,7 @@ def print_accuracy(
     return dict(object=np.mean([x in g[0] for x, g in zip(nouns, got)]).item(), colour=np.mean([c in g[1] for c, g in zip(cols, got)]).item(),
                 n=len(prompts), missed=wrong), images, prompts
 
-# %% ../nbs/30_emoji.ipynb #e6382781
+# %% ../nbs/30_emoji.ipynb #e46e821a
 _CARDS = dict(
     captioner=('blip', 'A small BLIP captioner (`BlipForConditionalGeneration`, 7.9M parameters) that reads the emoji world.',
                'blipbooth.emoji.train_captioner: cross-entropy on captions, label smoothing 0.1, AdamW, cosine schedule, averaged weights.'),
@@ -738,7 +772,7 @@ tags: [{tag}, emoji]
 It is here so that every claim of this package can be tested offline; for photographs, load a real checkpoint by name.
 """
 
-# %% ../nbs/30_emoji.ipynb #c02b553f
+# %% ../nbs/30_emoji.ipynb #09680d57
 def measure(
     art:Art,    # the icons
     out=None,   # JSON file; None: blipbooth/models/quality.json
@@ -757,7 +791,7 @@ def measure(
         for kind in _CARDS: atomic_write(bundled(kind)/'README.md', card(kind, r))
     return r
 
-# %% ../nbs/30_emoji.ipynb #13d566fc
+# %% ../nbs/30_emoji.ipynb #38267d37
 _TRAIN = dict(captioner=train_captioner, matcher=train_matcher, vae=train_vae, diffusion=train_diffusion)
 
 def main(
@@ -777,4 +811,5 @@ def main(
     model = art if a.model == 'subjects' else _TRAIN[a.model](art, a.out, **({'steps': a.steps} if a.steps else {}))
     if a.verb == 'install': install(a.model, model, bundled('captioner').parent/a.model)
 
-if __name__ == '__main__' and '__file__' in globals(): main()
+# %% ../nbs/30_emoji.ipynb #7b171399
+if __name__ == '__main__' and '__file__' in globals(): main()  # as a script, not as a notebook
