@@ -2,12 +2,13 @@
 
 Where Quarto is installed, nbdev_docs does all of it. Elsewhere smalldocs builds the same site
 from the notebooks as nbdev processes them, after a few steps that make up for what Quarto does and smalldocs does not."""
-import json, re, shutil, subprocess, sys, warnings
+import html, json, re, shutil, subprocess, sys, warnings
 from os import chdir
 from pathlib import Path
 from urllib.parse import unquote
 
 import yaml
+from latex2mathml.converter import convert
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 from nbdev.quarto import refresh_quarto_yml
@@ -65,6 +66,7 @@ class Stage:
         "Markdown with its links rewritten; code is left alone, but for links that nbdev put into it."
         parts = _fence.split(s)
         parts[1::2] = [_api.sub(r'\1', o) for o in parts[1::2]]
+        parts[::2] = [re.sub(r'^(### \S*)__(\w+)__$', r'\1\_\_\2\_\_', o, flags=re.M) for o in parts[::2]]
         parts[::2] = [_link.sub(lambda m: m[1] + self.link(m[2], up) + m[3], o) for o in parts[::2]]
         return ''.join(parts)
 
@@ -108,6 +110,22 @@ def check_sidebar(cfg):
            [f"_quarto.yml: {o} is in the sidebar but not in nbs" for o in sorted(named - there)]
 
 
+_math = re.compile(r'(<span class="math (?:inline|display)">)\\([(\[])(.*?)\\[)\]](?=</span>)', re.S)
+_katex = re.compile(r'<(?:link|script)[^>]*/katex@[^>]*>(?:</script>)?')
+
+
+def formulas(folder):
+    "Set the formulas as MathML, so that a page needs no script from elsewhere; the ones that cannot be set are warned of."
+    for page in folder.rglob('*.html'):
+        bad = []
+        def mathml(m):
+            formula = convert(html.unescape(m[3]), display='block' if m[2] == '[' else 'inline')
+            if '\\' in formula: bad.append(m[3])
+            return m[1] + formula
+        page.write_text(_katex.sub('', _math.sub(mathml, page.read_text())))
+        yield from (f"{page.name}: formula that cannot be set: {o}" for o in bad)
+
+
 def broken_anchors(folder):
     "Links to a heading that is not there; smalldocs looks at the pages alone."
     pages = {o.resolve(): o.read_text() for o in folder.rglob('*.html')}
@@ -129,7 +147,7 @@ def main():
         cache, seen = process(cfg)
         Stage(cfg, cache)()
         site = build(cache, quiet=True)
-        notes, code = [*notes, *seen, *site.warnings, *broken_anchors(site.out)], 0
+        notes, code = [*notes, *seen, *site.warnings, *formulas(site.out), *broken_anchors(site.out)], 0
         shutil.rmtree(cfg.doc_path, ignore_errors=True)
         shutil.move(site.out, cfg.doc_path)
         print(f"{len(site.pages)} pages in {cfg.doc_path.name}/")

@@ -23,7 +23,7 @@ from .matching import Matcher
 from .priors import article, class_prompts, load_priors, make_priors as draw_priors
 from .sampling import load_pipeline, sample
 
-# %% ../nbs/20_booth.ipynb #df991ef8
+# %% ../nbs/20_booth.ipynb #ab3917cd
 class Booth:
     "A session: one subject, one run folder."
     def __init__(self,
@@ -55,7 +55,7 @@ class Booth:
     def matcher(self): return Matcher.from_pretrained(device=self.device)
     @property
     def subject(self): return f'{self.cfg.token} {self.cfg.class_noun}'
-    def __repr__(self): return f'Booth({self.subject!r}, {len(self.photos)} photos, {self.out})'
+    def __repr__(self): return f'Booth({self.subject!r}, {len(self.photos)} photos, {self.out.name}/)'
 
 # %% ../nbs/20_booth.ipynb #9ada9c04
 @contextmanager
@@ -130,7 +130,22 @@ def print(self:Booth,
     "Print the subject somewhere."
     return L(sample(self.model, prompt.replace('{subject}', self.subject), n, steps, guidance, seed=seed, **kw))
 
-# %% ../nbs/20_booth.ipynb #2ce82ed4
+# %% ../nbs/20_booth.ipynb #58d5ffa4
+@patch
+def save_prints(self:Booth,
+    prompts,  # texts with {subject}, one print each
+    seed:int=0, # print i has seed `seed + i`
+) -> L:       # of files in samples/
+    "Print once per prompt into the run folder."
+    samples, files = out_dir(self.out/'samples'), L()
+    with _stage(self, 'print'):
+        images = sample(self.model, [p.replace('{subject}', self.subject) for p in prompts], seed=[seed + i for i in range(len(prompts))], steps=30, guidance=5.)
+        for i, im in enumerate(images):
+            files.append(samples/f'{i:02d}.png')
+            im.save(files[-1])
+    return files
+
+# %% ../nbs/20_booth.ipynb #ce9cb9aa
 _COLOURS = 'purple green red yellow blue pink orange white gray black'.split()
 
 @patch
@@ -156,7 +171,7 @@ def prints_of(self:Booth,
     kw = dict(steps=steps, guidance=guidance)
     return sample(pipe, prompts, seed=[seed + i for i in range(len(prompts))], **kw), sample(pipe, article(self.cfg.class_noun), n_class, seed=seed, **kw)
 
-# %% ../nbs/20_booth.ipynb #cffe2b41
+# %% ../nbs/20_booth.ipynb #754a4a3e
 @patch
 def evaluate(self:Booth,
     **kw, # steps, guidance, seed, n_class: see `Booth.prints_of`
@@ -175,7 +190,7 @@ def evaluate(self:Booth,
     contact_sheet({k: rows[k] for k in list(rows)[:3]}, cell=112).save(self.out/'contact-sheet.png')
     return self.report
 
-# %% ../nbs/20_booth.ipynb #65b92879
+# %% ../nbs/20_booth.ipynb #b70a7cf5
 def demo(
     out='runs/demo',     # run folder
     subject:str='fox',   # one of the subjects that come with the package
@@ -186,8 +201,7 @@ def demo(
     from blipbooth.core import subject_photos
     cfg = DreamBoothConfig.load(None, *overrides)
     booth = Booth(subject_photos(subject), class_noun=subject, out=out, config=cfg)
-    booth.caption(); booth.make_priors(); booth.train(); booth.evaluate()
-    samples = out_dir(booth.out/'samples')
-    for i, p in enumerate(booth.places(n)):
-        booth.print(f'a {{subject}} {p}', n=1, seed=i)[0].save(samples/f'{i:02d}.png')
+    booth.caption(); booth.make_priors(); booth.train()
+    booth.save_prints([f'a {{subject}} {p}' for p in booth.places(n)])
+    booth.evaluate()
     return booth
