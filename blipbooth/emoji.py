@@ -7,20 +7,21 @@ __all__ = ['VENDORS', 'UNSEEN', 'SUBJECTS', 'PATTERNS', 'RARE', 'classes', 'colo
            'Scene', 'scene', 'background', 'render', 'scene_set', 'words', 'wordpiece', 'bpe', 'new_captioner',
            'new_matcher', 'new_vae', 'new_unet', 'new_text_encoder', 'new_scheduler', 'train_loop', 'batch_at',
            'jitter', 'autocast', 'train_captioner', 'swapped', 'twins', 'triples', 'drawing_loss', 'itc_loss',
-           'train_matcher', 'train_vae', 'latents', 'train_diffusion', 'to_pipeline', 'install', 'subject_scene',
-           'named', 'caption_accuracy', 'distinct', 'matcher_accuracy', 'print_accuracy', 'card', 'measure', 'main']
+           'matcher_loss', 'train_matcher', 'train_vae', 'latents', 'LatentScenes', 'train_diffusion', 'to_pipeline',
+           'install', 'subject_scene', 'named', 'caption_accuracy', 'distinct', 'matcher_accuracy', 'print_accuracy',
+           'card', 'measure', 'main']
 
-# %% ../nbs/30_emoji.ipynb #103abcd4
-import argparse, colorsys, io, json, re, time
-from dataclasses import dataclass, field, asdict
-from functools import cached_property
+# %% ../nbs/30_emoji.ipynb #ca815544
+import argparse, io, json, re, time
+from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch
 import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from fastcore.basics import patch, store_attr
 from safetensors.torch import load_file, save_file
-from .core import BoothError, atomic_dir, atomic_write, bundled, nearest, progress
+from .core import BoothError, atomic_dir, atomic_write, bundled, progress
+from .diffusion import add_noise, alpha_sigma, target
 
 # %% ../nbs/30_emoji.ipynb #76e6d8c5
 _CLASSES = """fox; cat=cat-face; dog=dog-face; lion; tiger=tiger-face; bear; panda; koala; rabbit=rabbit-face; mouse=mouse-face;
@@ -417,7 +418,7 @@ def autocast():
     fast = torch.ops.mkldnn._is_mkldnn_bf16_supported() if torch.backends.mkldnn.is_available() else False
     return torch.autocast('cpu', torch.bfloat16, enabled=fast)
 
-# %% ../nbs/30_emoji.ipynb #048bcb54
+# %% ../nbs/30_emoji.ipynb #477a2a5f
 _MEAN, _STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)  # CLIP's, as BLIP uses them
 
 def _pixels(a): # (b, h, w, 3) uint8 -> normalised (b, 3, h, w)
@@ -427,7 +428,7 @@ def _pixels(a): # (b, h, w, 3) uint8 -> normalised (b, 3, h, w)
 def train_captioner(
     art:Art,         # the icons
     out,             # folder of scenes and running states
-    steps:int=7000,  # of `bs`
+    steps:int=20000, # of `bs`
     bs:int=32,       # pictures a step
     lr:float=7e-4,   # peak learning rate
     n:int=60000,     # scenes
@@ -492,7 +493,7 @@ def drawing_loss(
     s = torch.cat([a@same.T, a@other.T], 1)/temp
     return F.cross_entropy(s, torch.arange(len(a)))
 
-# %% ../nbs/30_emoji.ipynb #43eba80b
+# %% ../nbs/30_emoji.ipynb #64fd2f1c
 def itc_loss(
     v:torch.Tensor,    # (b, d) image embeddings, unit length
     t:torch.Tensor,    # (b, d) text embeddings, unit length
@@ -504,11 +505,33 @@ def itc_loss(
     s = v@t.T/temp
     return (F.cross_entropy(s, y) + F.cross_entropy(s.T, y))/2
 
+def matcher_loss(
+    model,               # BlipForImageTextRetrieval with a parameter `temp`
+    tk,                  # its tokenizer
+    x:torch.Tensor,      # (m, 3, h, w): triples first, then other scenes
+    cs:list,             # their m captions
+    bs:int,              # how many triples
+    g:torch.Generator, rng,# the dice
+) -> torch.Tensor:
+    "Contrast, drawings, and matching of the scenes in the second half."
+    enc, q = (lambda c: tk(c, padding=True, return_tensors='pt')), len(cs)//2
+    h, e = model.vision_model(x).last_hidden_state, enc(cs)
+    v = F.normalize(model.vision_proj(h[:, 0]), dim=-1).float()
+    t = F.normalize(model.text_proj(model.text_encoder(e.input_ids, e.attention_mask).last_hidden_state[:, 0]), dim=-1).float()
+    same, temp = torch.tensor([[a == b for b in cs] for a in cs]), model.temp.clamp(.01, .5)
+    odds = (v@t.T/temp).detach().masked_fill(same, -1e4).softmax(1)
+    hard = [cs[k] for k in torch.multinomial(odds, 1, generator=g)[:, 0]]
+    e = enc(cs[q:] + hard[q:] + [swapped(c, rng) for c in cs[q:]])
+    z = model.text_encoder(e.input_ids, e.attention_mask, encoder_hidden_states=h[q:].repeat(3, 1, 1)).last_hidden_state[:, 0]
+    y = torch.tensor([1]*(len(cs) - q) + [0]*2*(len(cs) - q))
+    return itc_loss(v, t, same, temp) + .5*drawing_loss(v[:3*bs]) + F.cross_entropy(model.itm_head(z).float(), y)
+
+# %% ../nbs/30_emoji.ipynb #89dcd68b
 def train_matcher(
     art:Art,          # the icons
     out,              # folder of scenes and running states; the trained captioner's state is there
-    steps:int=5000,   # of `bs`
-    bs:int=24,        # triples of pictures a step
+    steps:int=6000,   # of `bs`
+    bs:int=20,        # triples of pictures a step, and as many other scenes
     n:int=60000,      # scenes
     lr:float=5e-4,    # peak learning rate
 ):
@@ -517,35 +540,23 @@ def train_matcher(
     groups, tk, model, start = twins(art, n), wordpiece(), new_matcher().train(), load_file(Path(out)/'captioner.safetensors')
     model.vision_model.load_state_dict({k[17:]: v for k, v in start.items() if k.startswith('ema/vision_model.')})
     model.register_parameter('temp', torch.nn.Parameter(torch.tensor(.07)))
-    enc = lambda cs: tk(cs, padding=True, return_tensors='pt')
     def loss(step):
-        i, g, rng = np.concatenate([*triples(groups, bs, step), batch_at(n, bs, step)]), torch.Generator().manual_seed(step), np.random.default_rng([5, step])
-        cs = [caps[k] for k in i]
-        with autocast():
-            h = model.vision_model(jitter(_pixels(px[i]), g)).last_hidden_state
-            e = enc(cs)
-            v = F.normalize(model.vision_proj(h[:, 0]), dim=-1).float()
-            t = F.normalize(model.text_proj(model.text_encoder(e.input_ids, e.attention_mask).last_hidden_state[:, 0]), dim=-1).float()
-            same, temp = torch.tensor([[a == b for b in cs] for a in cs]), model.temp.clamp(.01, .5)
-            odds = (v@t.T/temp).detach().masked_fill(same, -1e4).softmax(1)
-            hard, q = [cs[k] for k in torch.multinomial(odds, 1, generator=g)[:, 0]], len(cs)//2
-            e = enc(cs[q:] + hard[q:] + [swapped(c, rng) for c in cs[q:]])
-            z = model.text_encoder(e.input_ids, e.attention_mask, encoder_hidden_states=h[q:].repeat(3, 1, 1)).last_hidden_state[:, 0]
-            y = torch.tensor([1]*(len(cs) - q) + [0]*2*(len(cs) - q))
-            return itc_loss(v, t, same, temp) + .5*drawing_loss(v[:3*bs]) + F.cross_entropy(model.itm_head(z).float(), y)
+        i, g = np.concatenate([*triples(groups, bs, step), batch_at(n, bs, step)]), torch.Generator().manual_seed(step)
+        x = jitter(_pixels(px[i]), g)
+        with autocast(): return matcher_loss(model, tk, x, [caps[k] for k in i], bs, g, np.random.default_rng([5, step]))
     state = train_loop(model, loss, Path(out)/'matcher.safetensors', steps, lr=lr)
     del model.temp
     model.load_state_dict({k: v for k, v in state.items() if k != 'temp'})
     return model.eval()
 
-# %% ../nbs/30_emoji.ipynb #c2e4b08b
+# %% ../nbs/30_emoji.ipynb #6b2db561
 def _edges(x): return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
 
 def train_vae(
     art:Art,         # the icons
     out,             # folder of scenes and running states
-    steps:int=5000,  # of `bs`
-    bs:int=24,       # pictures a step
+    steps:int=8000,  # of `bs`
+    bs:int=16,       # pictures a step
     n:int=60000,     # scenes
 ):
     "Train the autoencoder on `print` scenes; returns it with its averaged weights."
@@ -579,14 +590,35 @@ def latents(
         save_file({'mean': torch.cat(m).contiguous(), 'std': torch.cat(s).contiguous()}, out)
     return load_file(out)
 
-# %% ../nbs/30_emoji.ipynb #e9ac6f85
+# %% ../nbs/30_emoji.ipynb #c2f3e476
+class LatentScenes:
+    "Latents and captions of the `print` scenes, step by step."
+    def __init__(self,
+        lat,         # {mean, std}, from `latents`
+        caps,        # captions
+        tk,          # CLIP tokenizer
+        T:int,       # timesteps of the noise schedule
+        drop:float=.1, # share of captions dropped; 0.8 times as many lose their background
+    ):
+        enc = lambda cs: tk(cs, padding='max_length', return_tensors='pt').input_ids
+        store_attr('lat,T,drop')
+        self.ids, self.short, self.empty = enc(caps), enc([c.partition(' on ')[0] for c in caps]), enc([''])[0]
+        self.scale = 1/(lat['mean'][:4000].float().var() + lat['std'][:4000].float().pow(2).mean()).sqrt().item()
+
+    def batch(self, step, bs): # latents and noise (bs, 4, h, w), timesteps (bs,), token ids (bs, length)
+        i, g = torch.from_numpy(batch_at(len(self.ids), bs, step)), torch.Generator().manual_seed(step)
+        m = self.lat['mean'][i].float()
+        x = self.scale*(m + self.lat['std'][i].float()*torch.randn(m.shape, generator=g))
+        noise, t, u = torch.randn(m.shape, generator=g), torch.randint(0, self.T, (bs,), generator=g), torch.rand(bs, 1, generator=g)
+        return x, noise, t, torch.where(u < self.drop, self.empty, torch.where(u < 1.8*self.drop, self.short[i], self.ids[i]))
+
+# %% ../nbs/30_emoji.ipynb #eb100cfe
 def train_diffusion(
     art:Art,         # the icons
     out,             # folder of scenes and running states; the trained autoencoder's state is there
-    steps:int=9000,  # of `bs`
-    bs:int=64,       # pictures a step
+    steps:int=20000, # of `bs`
+    bs:int=32,       # pictures a step
     n:int=60000,     # scenes
-    drop:float=.1,   # share of captions dropped
     lr:float=8e-4,   # peak learning rate
 ):
     "Train UNet and text encoder on `print` scenes; returns a StableDiffusionPipeline with averaged weights."
@@ -594,29 +626,19 @@ def train_diffusion(
     px, caps = scene_set(art, 'print', n, Path(out)/'scenes')
     vae, sch, tk = new_vae().eval(), new_scheduler(), bpe()
     vae.load_state_dict({k[4:]: v for k, v in load_file(Path(out)/'vae.safetensors').items() if k.startswith('ema/')})
-    lat = latents(vae, px, Path(out)/'latents.safetensors')
-    scale = 1/(lat['mean'][:4000].float().var() + lat['std'][:4000].float().pow(2).mean()).sqrt().item()
+    data = LatentScenes(latents(vae, px, Path(out)/'latents.safetensors'), caps, tk, len(sch.alphas_cumprod))
     model = torch.nn.ModuleDict(dict(unet=new_unet(), text_encoder=new_text_encoder())).train()
     model.unet.set_attn_processor(AttnProcessor())  # bfloat16 attention's backward is slow on CPUs when fused
-    enc = lambda cs: tk(cs, padding='max_length', return_tensors='pt').input_ids
-    ids, short, empty = enc(caps), enc([c.partition(' on ')[0] for c in caps]), enc([''])[0]
-    a, s = sch.alphas_cumprod.sqrt(), (1 - sch.alphas_cumprod).sqrt()
     def loss(step):
-        i, g = torch.from_numpy(batch_at(n, bs, step)), torch.Generator().manual_seed(step)
-        m = lat['mean'][i].float()
-        x = scale*(m + lat['std'][i].float()*torch.randn(m.shape, generator=g))
-        e, t = torch.randn(m.shape, generator=g), torch.randint(0, len(a), (bs,), generator=g)
-        at, st = a[t][:, None, None, None], s[t][:, None, None, None]
-        u = torch.rand(bs, 1, generator=g)
-        words = torch.where(u < drop, empty, torch.where(u < 1.8*drop, short[i], ids[i]))
-        with autocast(): v = model.unet(at*x + st*e, t, model.text_encoder(words).last_hidden_state).sample
-        return F.mse_loss(v.float(), at*e - st*x)
-    state = train_loop(model, loss, Path(out)/'diffusion.safetensors', steps, lr=lr, decay=.9995)
-    model.load_state_dict(state)
+        x, noise, t, ids = data.batch(step, bs)
+        a, s = alpha_sigma(sch, t)
+        with autocast(): v = model.unet(add_noise(x, noise, a, s), t, model.text_encoder(ids).last_hidden_state).sample
+        return F.mse_loss(v.float(), target('v_prediction', x, noise, a, s))
+    model.load_state_dict(train_loop(model, loss, Path(out)/'diffusion.safetensors', steps, lr=lr, decay=.9995))
     model.unet.set_attn_processor(AttnProcessor2_0())
-    return to_pipeline(vae, model.eval(), sch, tk, scale)
+    return to_pipeline(vae, model.eval(), sch, tk, data.scale)
 
-# %% ../nbs/30_emoji.ipynb #e1398287
+# %% ../nbs/30_emoji.ipynb #684714c6
 def to_pipeline(vae, model, scheduler, tokenizer, scale):
     "The trained parts as a StableDiffusionPipeline."
     from diffusers import StableDiffusionPipeline
@@ -624,7 +646,7 @@ def to_pipeline(vae, model, scheduler, tokenizer, scale):
     return StableDiffusionPipeline(vae=vae, text_encoder=model.text_encoder, tokenizer=tokenizer, unet=model.unet, scheduler=scheduler,
                                    safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
-# %% ../nbs/30_emoji.ipynb #2250ae1b
+# %% ../nbs/30_emoji.ipynb #a84bc328
 def install(
     kind:str, # captioner | matcher | diffusion | subjects
     model,    # the trained model or pipeline; the art for subjects
@@ -641,7 +663,7 @@ def install(
         if kind != 'diffusion':
             BlipProcessor(BlipImageProcessorPil(size=dict(height=64, width=64)), wordpiece()).save_pretrained(tmp)
 
-# %% ../nbs/30_emoji.ipynb #2a3cf995
+# %% ../nbs/30_emoji.ipynb #fad75264
 def subject_scene(
     noun:str, # a held-out subject
     i:int,    # which photo
@@ -659,7 +681,7 @@ def _subjects(art, folder, n=4, px=192):
         (folder/noun).mkdir()
         for i in range(n): render(subject_scene(noun, i), art, px).save(folder/noun/f'{i}.png', optimize=True)
 
-# %% ../nbs/30_emoji.ipynb #e45ce40a
+# %% ../nbs/30_emoji.ipynb #22275a62
 def named(
     text:str, # a caption
 ) -> tuple:   # (set of nouns, set of colours)
@@ -683,7 +705,7 @@ def caption_accuracy(
     col = [g[1] == {s.colour} for g, s in zip(got, scs)]
     return dict(objects=np.mean(obj).item(), colour=np.mean(col).item(), both=np.mean([a and b for a, b in zip(obj, col)]).item(), n=n)
 
-# %% ../nbs/30_emoji.ipynb #2858f289
+# %% ../nbs/30_emoji.ipynb #e5e1fcaf
 def distinct(
     art:Art,     # the icons
     n:int=100,   # scenes
@@ -715,7 +737,7 @@ def matcher_accuracy(
         wins.append(true > .5 > false)
     return dict(image_to_text=float(np.mean(i2t)), text_to_image=float(np.mean(t2i)), itm_swaps=float(np.mean(wins)), n=n)
 
-# %% ../nbs/30_emoji.ipynb #90fcffcc
+# %% ../nbs/30_emoji.ipynb #d3abe711
 def print_accuracy(
     pipe,           # a StableDiffusionPipeline
     captioner,      # who reads the prints
@@ -737,7 +759,7 @@ def print_accuracy(
     return dict(object=np.mean([x in g[0] for x, g in zip(nouns, got)]).item(), colour=np.mean([c in g[1] for c, g in zip(cols, got)]).item(),
                 n=len(prompts), missed=wrong), images, prompts
 
-# %% ../nbs/30_emoji.ipynb #c4d7e9a3
+# %% ../nbs/30_emoji.ipynb #5a4b8219
 _CARDS = dict(
     captioner=('blip', 'A small BLIP captioner (`BlipForConditionalGeneration`, 7.9M parameters) that reads the emoji world.',
                'blipbooth.emoji.train_captioner: cross-entropy on captions, label smoothing 0.1, AdamW, cosine schedule, averaged weights.'),
@@ -780,7 +802,7 @@ tags: [{tag}, emoji]
 It is here so that every claim of this package can be tested offline; for photographs, load a real checkpoint by name.
 """
 
-# %% ../nbs/30_emoji.ipynb #c021c40a
+# %% ../nbs/30_emoji.ipynb #e817576e
 def measure(
     art:Art,    # the icons
     out=None,   # JSON file; None: blipbooth/models/quality.json
@@ -799,7 +821,7 @@ def measure(
         for kind in _CARDS: atomic_write(bundled(kind)/'README.md', card(kind, r))
     return r
 
-# %% ../nbs/30_emoji.ipynb #f9a36d63
+# %% ../nbs/30_emoji.ipynb #4e592b33
 _TRAIN = dict(captioner=train_captioner, matcher=train_matcher, vae=train_vae, diffusion=train_diffusion)
 
 def main(
@@ -819,5 +841,5 @@ def main(
     model = art if a.model == 'subjects' else _TRAIN[a.model](art, a.out, **({'steps': a.steps} if a.steps else {}))
     if a.verb == 'install': install(a.model, model, bundled('captioner').parent/a.model)
 
-# %% ../nbs/30_emoji.ipynb #5200be87
+# %% ../nbs/30_emoji.ipynb #133a3f49
 if __name__ == '__main__' and '__file__' in globals(): main()  # as a script, not as a notebook
