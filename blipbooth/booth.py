@@ -82,7 +82,7 @@ def caption(self:Booth) -> L: # of Caption
 def train_captions(self:Booth): # list of texts, with the subject's name
     return [personalise(c.text, self.cfg.token, self.cfg.class_noun) for c in self.captions]
 
-# %% ../nbs/20_booth.ipynb #f3666a84
+# %% ../nbs/20_booth.ipynb #6e85c21e
 @patch
 def make_priors(self:Booth): # Priors
     "Make the class images, go on making them, or read those that are there."
@@ -90,7 +90,7 @@ def make_priors(self:Booth): # Priors
     with _stage(self, 'priors'):
         if p.folder: self.priors = load_priors(p.folder, self.cfg.class_noun)
         else: self.priors = draw_priors(self.pipe, self.cfg.class_noun, p.n, self.out/'priors', seed=self.cfg.seed,
-                                        prompts=class_prompts(self.cfg.class_noun, captions), matcher=self.matcher, threshold=p.threshold)
+                                        prompts=class_prompts(self.cfg.class_noun, captions), matcher=self.matcher if p.threshold else None, threshold=p.threshold)
     return self.priors
 
 # %% ../nbs/20_booth.ipynb #888269f1

@@ -23,7 +23,7 @@ from .core import BoothError, atomic_dir, atomic_write, generator, nearest, stat
 from .diffusion import add_noise, alpha_sigma, min_snr_weight, prior_loss, snr, target
 from .learner import Learner
 
-# %% ../nbs/13_dreambooth.ipynb #26986b7b
+# %% ../nbs/13_dreambooth.ipynb #6191b3bf
 def _f(default, doc): return field(default=default, metadata=dict(doc=doc))
 def _sub(cls, doc): return field(default_factory=cls, metadata=dict(doc=doc))
 
@@ -40,7 +40,7 @@ class PriorConfig:
     "Class images that hold the model in place."
     n:int = _f(100, 'how many class images')
     weight:float = _f(1., 'weight of their loss; 0 trains without prior preservation')
-    threshold:float = _f(.5, 'least probability that a class image shows the class')
+    threshold:float = _f(0., 'least ITM probability that a class image shows the class; 0 keeps all')
     folder:str = _f('', 'class images that exist already; empty: they are made')
 
 @dataclass

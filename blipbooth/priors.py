@@ -14,7 +14,7 @@ from .core import BoothError, append_jsonl, file_hash, nearest, out_dir, progres
 from .images import load_image, show_grid
 from .sampling import sample
 
-# %% ../nbs/09_priors.ipynb #e59cacce
+# %% ../nbs/09_priors.ipynb #c40b3207
 @dataclass(repr=False)
 class Priors:
     "Class images and the log of how they came to be."
@@ -30,7 +30,7 @@ class Priors:
     @property
     def rejection_rate(self): return 1 - len(self.kept)/max(1, len(self.records))
     def __len__(self): return len(self.kept)
-    def __repr__(self): return f'Priors({len(self)} images in {self.folder}, {self.rejection_rate:.0%} rejected)'
+    def __repr__(self): return f'Priors({len(self)} images in {self.folder.name}/, {self.rejection_rate:.0%} rejected)'
     def _repr_png_(self): return load_image(show_grid(self.images[:16], cols=8, cell=64))._repr_png_()
 
 # %% ../nbs/09_priors.ipynb #ac5876d7
@@ -90,7 +90,7 @@ def _open(folder, settings):
     f.write_text(json.dumps(settings))
     return read_jsonl(folder/'manifest.jsonl')
 
-# %% ../nbs/09_priors.ipynb #e3a7e5a3
+# %% ../nbs/09_priors.ipynb #bb653c50
 def make_priors(
     pipe,                # the untouched StableDiffusionPipeline
     class_noun:str,      # what the subject is
@@ -112,13 +112,14 @@ def make_priors(
     bar = progress(total=n, desc='class images')
     bar.update(sum(r['kept'] for r in records))
     while sum(r['kept'] for r in records) < n:
-        todo = range(len(records), min(len(records) + batch, tries*n))
-        if not todo: _give_up(records, n, threshold, class_noun)
+        if len(records) >= tries*n: _give_up(records, n, threshold, class_noun)
+        todo = range(len(records)//batch*batch, min(len(records)//batch*batch + batch, tries*n))  # the same batches as an uninterrupted call
         images = sample(pipe, [prompts[i % len(prompts)] for i in todo], steps=steps, guidance=guidance,
                         seed=[stateless_seed(seed, 'prior', i) for i in todo], batch=batch)
         scores = matcher.match(images, [article(class_noun)])[:, 0].tolist() if matcher else [None]*len(images)
         for i, im, s in zip(todo, images, scores):
-            keep = (s is None or s >= threshold) and sum(r['kept'] for r in records) < n
+            if i < len(records) or sum(r['kept'] for r in records) == n: continue
+            keep = s is None or s >= threshold
             records.append(_keep(folder, i, im, prompts[i % len(prompts)], seed, s, keep))
             bar.update(keep)
     bar.close()
