@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Priors', 'load_priors', 'article', 'class_prompts', 'fingerprint', 'make_priors']
 
-# %% ../nbs/09_priors.ipynb #d88fd3ec
-import json, shutil
+# %% ../nbs/09_priors.ipynb #8256ecce
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from fastcore.foundation import L
-from .core import BoothError, append_jsonl, file_hash, nearest, out_dir, progress, read_jsonl, stateless_seed
+from .core import BoothError, append_jsonl, file_hash, out_dir, progress, read_jsonl, stateless_seed
 from .images import load_image, show_grid
 from .sampling import sample
 
