@@ -107,7 +107,7 @@ class ImageCache(DynamicCache):
         "Let every picture's words so far stand at the beginning of `n` sentences."
         self.batch_repeat_interleave(n)
 
-# %% ../nbs/02_decoding.ipynb #397f2f6b
+# %% ../nbs/02_decoding.ipynb #2465d0b6
 def fold(
     q:torch.Tensor, # (b*k, h, t, d) queries of k sentences for each of b pictures
     b:int, # how many pictures
@@ -122,8 +122,13 @@ def unfold(
     "The way back."
     return y.unflatten(2, (-1, t)).transpose(1, 2).flatten(0, 1)
 
-def text_layer(layer, x, cache, mask):
-    "One layer of the decoder: words (b*k, t, d) to words."
+def text_layer(
+    layer, # one of the decoder's layers
+    x:torch.Tensor, # (b*k, t, d) the new words of k sentences about each of b pictures
+    cache:ImageCache, # the pictures, and the words so far; the new words are added
+    mask:torch.Tensor, # where a word may look, from `visible`
+)->torch.Tensor: # (b*k, t, d)
+    "One layer of the decoder."
     a, c, t = layer.attention.self, layer.crossattention.self, x.shape[1]
     q, k, v = (heads(f(x), a.num_attention_heads) for f in (a.query, a.key, a.value))
     k, v = cache.update(k, v, a.layer_idx)
@@ -134,7 +139,7 @@ def text_layer(layer, x, cache, mask):
     x = layer.crossattention.output(y.transpose(1, 2).flatten(2), x)
     return layer.feed_forward_chunk(x)
 
-# %% ../nbs/02_decoding.ipynb #a175e061
+# %% ../nbs/02_decoding.ipynb #27cb6e87
 def visible(
     t:int, # new words
     past:int, # words before them
@@ -147,7 +152,7 @@ def visible(
     if mask is None: return causal
     return causal & mask[:, None, None, :].bool() | torch.eye(t, past + t, dtype=torch.bool, device=device).roll(past, 1)
 
-# %% ../nbs/02_decoding.ipynb #a3743f6f
+# %% ../nbs/02_decoding.ipynb #e0d1a5da
 class FastDecoder(BlipTextLMHeadModel):
     "BLIP's text decoder, each picture's keys and values computed once and shared by its sentences."
     def forward(self,
@@ -179,7 +184,7 @@ class FastDecoder(BlipTextLMHeadModel):
         fast.__class__ = cls
         return fast
 
-# %% ../nbs/02_decoding.ipynb #912130b9
+# %% ../nbs/02_decoding.ipynb #503e2b4e
 def fast_generate(
     decoder:BlipTextLMHeadModel, # a captioner's text decoder
     embeds:torch.Tensor, # (b, 1 + patches, d) from the vision model
@@ -192,7 +197,7 @@ def fast_generate(
     if attention_mask is None: attention_mask = torch.ones_like(input_ids)
     return fast.generate(input_ids=input_ids, attention_mask=attention_mask, past_key_values=ImageCache(image_memory(fast, embeds)), **kwargs)
 
-# %% ../nbs/02_decoding.ipynb #55d5ec54
+# %% ../nbs/02_decoding.ipynb #735d71ac
 class Finished:
     "The k best finished sentences about one picture."
     def __init__(self,
@@ -210,17 +215,18 @@ class Finished:
         if self.config.early_stopping == 'never' and (self.config.length_penalty or 0) > 0: n = most
         self.over = self.config.early_stopping is True or self.norm(best, n) <= self.kept[-1][0][1]
 
-# %% ../nbs/02_decoding.ipynb #e903562d
+# %% ../nbs/02_decoding.ipynb #bba4a4c5
 def best_sums(
     sums:torch.Tensor, # (k, vocabulary) log-probability of each sentence with each next word
     rows=None, # the k sentences so far, lists of ids
     said=(), # next words of groups that chose before
+    n:int=None, # how many; None is twice k
 )->list: # [(sum, sentence, word)], the best first
     "The plain choice of beam search: the largest sums."
-    v, i = sums.flatten().topk(min(2*len(sums), sums.numel()))
+    v, i = sums.flatten().topk(min(n or 2*len(sums), sums.numel()))
     return list(zip(v.tolist(), (i//sums.shape[1]).tolist(), (i % sums.shape[1]).tolist()))
 
-# %% ../nbs/02_decoding.ipynb #9e485570
+# %% ../nbs/02_decoding.ipynb #7654de54
 class BeamGroup:
     "The k sentences that a group of beams is writing about one picture, and those it has finished."
     def __init__(self,
@@ -230,6 +236,7 @@ class BeamGroup:
         met, # ids that were generated -> constraint words in them
     ):
         self.k, self.start, self.most, self.met = k, len(row), config.max_length - len(row), met
+        self.pad, self.offers = config.pad_token_id or 0, k*max(2, 1 + len(listify(config.eos_token_id)))
         self.rows, self.sums, self.done = [row]*k, torch.tensor([0.] + [-1e9]*(k - 1)), Finished(k, config)
 
     def step(self,
@@ -239,24 +246,26 @@ class BeamGroup:
         said:list, # next words of groups that chose before
     )->list: # which sentence each of the k new ones goes on from
         "Choose the next words, finish what ends."
-        new = choose(lp + self.sums[:, None], [r[self.start:] for r in self.rows], said)
+        if self.done.over: self.rows = [r + [self.pad] for r in self.rows]; return list(range(self.k))
+        new = choose(lp + self.sums[:, None], [r[self.start:] for r in self.rows], said, self.offers)
         found, n = [(s, j, self.rows[j] + [w]) for s, j, w in new], len(self.rows[0]) + 1 - self.start
         ends = stop([r for *_, r in found])
         for s, _, r in [o for o, e in zip(found[:self.k], ends) if e]: self.done.add(s, n, r, self.met(r[self.start:]))
         on = [o for o, e in zip(found, ends) if not e][:self.k]
         if on: self.done.settle(max(s for s, *_ in on), n, self.most)
-        self.done.over |= not on
+        else: self.done.over = True
         on += [(-1e9, j, r) for _, j, r in found[:self.k - len(on)]]      # shapes stay as they are
         self.sums, self.rows = torch.tensor([s for s, *_ in on]), [r for *_, r in on]
         return [j for _, j, _ in on]
 
-# %% ../nbs/02_decoding.ipynb #2e7e10d2
+# %% ../nbs/02_decoding.ipynb #0f08e00c
 def _next_log_probs(model, rows, kwargs): # rows (n, t) -> log-probabilities (n, vocabulary), what the next step needs
     cache = kwargs.get('past_key_values')
     new = 1 if cache is not None and cache.get_seq_length() else rows.shape[1]
     out = model(**model.prepare_inputs_for_generation(rows, next_sequence_length=new, **kwargs), return_dict=True)
     return out.logits[:, -1].float().log_softmax(-1), model._update_model_kwargs_for_generation(out, kwargs)
 
+# %% ../nbs/02_decoding.ipynb #3b8ae73b
 def _collect(pictures, n, pad): # the n best rows of each picture: the best of each group, then the second best of each …
     out = []
     for groups in pictures:
@@ -265,6 +274,7 @@ def _collect(pictures, n, pad): # the n best rows of each picture: the best of e
     most = max(map(len, out))
     return [r + [pad]*(most - len(r)) for r in out]
 
+# %% ../nbs/02_decoding.ipynb #d01fe9fc
 @torch.no_grad()
 def beam_loop(
     model, # a decoder, fast or transformers' own
@@ -292,16 +302,16 @@ def beam_loop(
         if kwargs.get('past_key_values') is not None: kwargs['past_key_values'].reorder_cache(torch.tensor(come, device=device))
     return torch.tensor(_collect(pictures, c.num_return_sequences or 1, c.pad_token_id or 0), device=device)
 
-# %% ../nbs/02_decoding.ipynb #f0c161a9
+# %% ../nbs/02_decoding.ipynb #cc7be40e
 def diverse_beam_search(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
     "Beam search in groups that avoid each other's words; for `generate(custom_generate=diverse_beam_search, num_beam_groups=…, diversity_penalty=…)`."
     penalty = generation_config.diversity_penalty or 0.
-    def choose(sums, rows, said):
+    def choose(sums, rows, said, n):
         paid = penalty*torch.bincount(torch.tensor(said, dtype=torch.long), minlength=sums.shape[1])
-        return best_sums(sums - paid, rows, said)
+        return best_sums(sums - paid, rows, said, n)
     return beam_loop(model, input_ids, logits_processor, stopping_criteria, generation_config, choose, generation_config.num_beam_groups or 1, **kwargs)
 
-# %% ../nbs/02_decoding.ipynb #f5874432
+# %% ../nbs/02_decoding.ipynb #f8faac7f
 def progress_of(
     phrases:list, # one constraint: lists of ids, of which one has to appear
     row:list, # ids so far
@@ -312,7 +322,7 @@ def progress_of(
     tail = [max(n for n in range(len(p)) if not n or row[-n:] == p[:n]) for p in phrases]
     return max(tail), {p[n] for p, n in zip(phrases, tail)} | {p[0] for p in phrases}
 
-# %% ../nbs/02_decoding.ipynb #88c2ced0
+# %% ../nbs/02_decoding.ipynb #364d9123
 class Constrained:
     "A choice that gets every constraint met."
     def __init__(self,
@@ -322,19 +332,19 @@ class Constrained:
 
     def met(self, ids): return sum(progress_of(c, ids)[0] for c in self.constraints)
 
-    def __call__(self, sums, rows, said=()):
+    def __call__(self, sums, rows, said=(), n=None):
         need = sum(max(map(len, c)) for c in self.constraints)
         for j, r in enumerate(rows):
             if self.met(r) < need: sums[j, self.ends] = -float('inf')
         wanted = {(sums[j, w].item(), j, w) for j, r in enumerate(rows) for c in self.constraints for w in progress_of(c, r)[1]}
         each = {(v, j, w) for j, row in enumerate(sums) for v, w in zip(*(o.tolist() for o in row.topk(2)))}
         banks = {}
-        for o in sorted({*best_sums(sums), *wanted, *each}, reverse=True):
+        for o in sorted({*best_sums(sums, n=n), *wanted, *each}, reverse=True):
             if o[0] > -1e8: banks.setdefault(self.met(rows[o[1]] + [o[2]]), []).append(o)
         turns = zip_longest(*(banks[m] for m in sorted(banks, reverse=True)))
-        return [o for t in turns for o in t if o][:2*len(rows)]
+        return [o for t in turns for o in t if o][:n or 2*len(rows)]
 
-# %% ../nbs/02_decoding.ipynb #0cd2f9e9
+# %% ../nbs/02_decoding.ipynb #97767d30
 def constrained_beam_search(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
     "Beam search whose sentences hold the phrases of `force_words_ids`; for `generate(custom_generate=constrained_beam_search, force_words_ids=…)`."
     c = generation_config
@@ -342,7 +352,7 @@ def constrained_beam_search(model, input_ids, logits_processor, stopping_criteri
     choose = Constrained([[list(p) for p in f] for f in constraints], listify(c.eos_token_id))
     return beam_loop(model, input_ids, logits_processor, stopping_criteria, c, choose, 1, choose.met, **kwargs)
 
-# %% ../nbs/02_decoding.ipynb #46186c03
+# %% ../nbs/02_decoding.ipynb #dea0dca6
 class GumbelNoise(LogitsProcessor):
     "Turns the largest logit into a sample, with noise that is a function of (seed of the row, step)."
     def __init__(self,
