@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['presets', 'load_blip', 'pixel_values', 'Caption', 'Blip', 'Captioner', 'decoding_config', 'padded', 'StopText',
            'same_length', 'picture_files', 'count_pictures', 'NameSet', 'prefetched', 'append_synced', 'read_records',
-           'mend_log', 'FolderCaptions', 'weights_hash', 'differences', 'write_sidecar']
+           'mend_log', 'FolderCaptions', 'differences', 'write_sidecar']
 
-# %% ../nbs/03_captioning.ipynb #a33baa23
+# %% ../nbs/03_captioning.ipynb #7ee70df4
 import base64, hashlib, heapq, html, inspect, io, json, os, time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -26,8 +26,8 @@ from transformers import (BlipForConditionalGeneration, BlipForImageTextRetrieva
     StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer)
 
 from .core import (BoothError, Settings, atomic_dir, load_json, nearest, out_dir, progress, resolve_model, save_json,
-    stateless_seed)
-from .decoding import (FastDecoder, ImageCache, constrained_beam_search, diverse_beam_search, image_memory, quiet_transformers,
+    stateless_seed, weights_hash)
+from .decoding import (FastDecoder, ImageCache, alternatives, constrained_beam_search, diverse_beam_search, image_memory, quiet_transformers,
     seeded_sample, vision_features)
 from .images import Photo, _suffixes, fit as fit_image, load_image, load_images, to_tensor
 
@@ -280,7 +280,7 @@ def _check_names(config, rest):
     for k, v in _active(config, _moved).items():
         if not method: raise BoothError(f"{k}={v} asks for a search that transformers 5 no longer holds; leave it out or give custom_generate=a function")
 
-# %% ../nbs/03_captioning.ipynb #e138d129
+# %% ../nbs/03_captioning.ipynb #707a8471
 def _check_groups(config):
     "Groups of beams that can be."
     g, k, penalty = 1 if config.num_beam_groups is None else config.num_beam_groups, config.num_beams, config.diversity_penalty or 0.
@@ -293,8 +293,7 @@ def _check_groups(config):
 
 def _check_forced(config):
     "Words to force that fit in."
-    phrases = [f if isinstance(f[0], (list, tuple)) else [f] for f in config.force_words_ids]
-    need, room = sum(max(map(len, f)) for f in phrases), config.max_new_tokens or config.max_length
+    need, room = sum(max(map(len, f)) for f in alternatives(config.force_words_ids)), config.max_new_tokens or config.max_length
     if need > room: raise BoothError(f"the words to force are {need} tokens, the caption has room for {room}; raise max_new_tokens or force fewer")
     if config.do_sample: raise BoothError("words to force with do_sample=True; constrained search does not sample: leave one of them out")
     if config.num_beams < 2: raise BoothError(f"words to force with num_beams={config.num_beams}; give 2 to 10 beams")
@@ -302,12 +301,12 @@ def _check_forced(config):
 def _choose_search(config, rest):
     "The function that does what transformers no longer does; a seed's dice."
     _check_groups(config)
+    if config.num_beam_groups == 1: config.num_beam_groups = None
     if config.force_words_ids: _check_forced(config)
     if rest.get('custom_generate'): return
     if (config.num_beam_groups or 1) > 1: rest['custom_generate'] = diverse_beam_search
     elif config.force_words_ids: rest['custom_generate'] = constrained_beam_search
     elif rest.get('seed') is not None and config.do_sample and config.num_beams == 1 and not _alone(config, rest): rest['custom_generate'] = seeded_sample
-    elif config.num_beam_groups: config.num_beam_groups = None
 
 # %% ../nbs/03_captioning.ipynb #ac84b0d2
 presets = dict(
@@ -378,7 +377,7 @@ def padded(
     mask = torch.tensor([[1]*len(o) + [0]*(longest - len(o)) for o in rows], device=device)
     return ids, mask
 
-# %% ../nbs/03_captioning.ipynb #9fd6f402
+# %% ../nbs/03_captioning.ipynb #e8152737
 @patch
 @torch.no_grad()
 def memory(self:Captioner,
@@ -386,6 +385,13 @@ def memory(self:Captioner,
 )->list: # from `image_memory`
     "The pictures' keys and values in every layer."
     return embeds if isinstance(embeds, list) else image_memory(self.model.text_decoder, embeds)
+
+@patch
+def shares_memory(self:Captioner,
+    config:GenerationConfig, # what is asked for
+)->bool:
+    "Whether the fast decoder writes: it is not turned off, and nobody asks for what only transformers' decoder gives."
+    return self.fast and not (config.output_attentions or config.output_hidden_states)
 
 # %% ../nbs/03_captioning.ipynb #550e8420
 @patch
@@ -477,7 +483,7 @@ class StopText(StoppingCriteria):
         new = [self.read(row)[len(self.read(row[:self.n])):] for row in ids]
         return torch.tensor([any(s in o for s in self.strings) for o in new], device=ids.device)
 
-# %% ../nbs/03_captioning.ipynb #1c9f4527
+# %% ../nbs/03_captioning.ipynb #3a18f437
 @patch
 @torch.no_grad()
 def generate(self:Captioner,
@@ -493,7 +499,7 @@ def generate(self:Captioner,
     if config.stop_strings:
         rest['stopping_criteria'] = StoppingCriteriaList([*rest.get('stopping_criteria', []), StopText(self, config.stop_strings, x)])
     config.stop_strings, decoder = None, self.model.text_decoder
-    if isinstance(embeds, list) or self.fast and not (config.output_attentions or config.output_hidden_states):
+    if isinstance(embeds, list) or self.shares_memory(config):
         decoder = FastDecoder.over(decoder)
         look = dict(past_key_values=ImageCache(self.memory(embeds)))
     else: look = dict(encoder_hidden_states=embeds, encoder_attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=self.device))
@@ -563,14 +569,14 @@ def __call__(self:Captioner,
         for i, c in zip(part, found): res[i] = c
     return L(res)
 
-# %% ../nbs/03_captioning.ipynb #af880121
+# %% ../nbs/03_captioning.ipynb #6595b3ec
 @patch
 def _caption_batch(self:Captioner, photos, ids, prompts, fit, size, config, rest, seed):
     "Captions for pictures whose prompts have one length."
     several, n = config.num_return_sequences or 1, len(ids[0])
     ends = np.atleast_1d(config.eos_token_id if config.eos_token_id is not None else self.text_config.sep_token_id).tolist()
     embeds, dice = self.encode(photos, fit, size), [stateless_seed(seed, p.hash, k) for p in photos for k in range(several)]
-    if self.fast and not (config.output_attentions or config.output_hidden_states): embeds = self.memory(embeds)
+    if self.shares_memory(config): embeds = self.memory(embeds)
     if rest.get('custom_generate') is seeded_sample: rest = {**rest, 'row_seeds': dice}
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None: torch.manual_seed(dice[0])
@@ -791,23 +797,13 @@ def __repr__(self:FolderCaptions):
         parts.append(f"{self.bad:,} bad ({names}), see {self.errors_file.name}")
     return f"FolderCaptions({len(self):,} in {self.log.resolve().parent.name}/{self.log.name}: {'; '.join(parts)})"
 
-# %% ../nbs/03_captioning.ipynb #d4a89874
-def weights_hash(
-    model, # a torch module
-)->str: # 16 hexadecimal digits
-    "A hash of a model's weights and their names."
-    h = hashlib.blake2b(digest_size=8)
-    for name, p in model.named_parameters():
-        h.update(name.encode())
-        h.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return h.hexdigest()
-
+# %% ../nbs/03_captioning.ipynb #dbe2eb30
 @patch
 def folder_settings(self:Captioner, folder, log, prompt, fit, config, rest):
     "All that decides the captions of a folder, ready for JSON."
     where = '.' if Path(folder).resolve() == Path(log).parent.resolve() else str(Path(folder).resolve())
     more = {k: v if type(v) in (str, int, float, bool, list) else getattr(v, '__name__', type(v).__name__) for k, v in rest.items()}
-    ours = dict(folder=where, model=weights_hash(self.model), dtype=str(self.dtype)[6:], prompt=prompt or '', fit=fit, **more)
+    ours = dict(folder=where, model=weights_hash(self.model.named_parameters()), dtype=str(self.dtype)[6:], prompt=prompt or '', fit=fit, **more)
     options = {k: v for k, v in config.to_diff_dict().items() if k not in ('transformers_version', 'blipbooth')}
     return json.loads(json.dumps(dict(options, blipbooth=ours), default=str))
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BoothError', 'nearest', 'bundled', 'subject_photos', 'resolve_model', 'Settings', 'stateless_seed', 'generator',
            'randn', 'stateless_shuffle', 'atomic_write', 'atomic_dir', 'save_json', 'load_json', 'append_jsonl',
-           'read_jsonl', 'file_hash', 'out_dir', 'progress']
+           'read_jsonl', 'file_hash', 'weights_hash', 'out_dir', 'progress']
 
 # %% ../nbs/00_core.ipynb #8dfaa0c5
 import contextlib, difflib, hashlib, json, os, random, secrets, shutil, sys
@@ -280,7 +280,25 @@ def file_hash(
     if isinstance(x, (bytes, bytearray, memoryview)): return hashlib.sha256(x).hexdigest()[:16]
     with open(x, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()[:16]
 
-# %% ../nbs/00_core.ipynb #58512100
+# %% ../nbs/00_core.ipynb #4b7e8049
+def _checksum(x):
+    "A whole number for the bits of a tensor; every bit counts, and its place does."
+    import torch
+    raw = x.detach().reshape(-1).contiguous().view(torch.uint8)
+    words = torch.nn.functional.pad(raw, (0, -len(raw) % 2048)).view(torch.int64).view(-1, 256)
+    placed = lambda v: (v*(2*torch.arange(len(v), device=v.device) + 1)).sum()
+    return int(placed(words.sum(0)) + 3*placed(words.sum(1)))
+
+def weights_hash(
+    named, # (name, tensor) pairs, such as `module.named_parameters()`
+    also:str='', # anything else that counts
+)->str: # 16 hexadecimal digits
+    "A hash of weights, their names, shapes and precision."
+    h = hashlib.sha256(also.encode())
+    for name, p in named: h.update(f'{name} {p.dtype} {tuple(p.shape)} {_checksum(p)}'.encode())
+    return h.hexdigest()[:16]
+
+# %% ../nbs/00_core.ipynb #d7ee5cda
 def out_dir(
     path, # the folder; its parents are made too
 )->Path: # the folder
@@ -298,7 +316,7 @@ def out_dir(
         raise BoothError(f"cannot write to the folder {path} ({e.strerror}); choose another with out=") from e
     return path
 
-# %% ../nbs/00_core.ipynb #036f51f9
+# %% ../nbs/00_core.ipynb #ef24d998
 def _lines(every=20.):
     "tqdm that prints a plain line every so many seconds."
     from tqdm.std import tqdm
@@ -313,7 +331,7 @@ def _lines(every=20.):
             return show
     return lambda *args, **kw: Lines(*args, mininterval=every, maxinterval=every, ascii=True, ncols=80, **kw)
 
-# %% ../nbs/00_core.ipynb #2e69e35a
+# %% ../nbs/00_core.ipynb #6543fee9
 def progress(
     it=None, # what to go through, or None to call `.update()` by hand
     total:int=None, # how many there are, where `it` does not know

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['quiet_transformers', 'random_blip', 'heads', 'vision_features', 'image_memory', 'ImageCache', 'fold', 'unfold',
            'text_layer', 'visible', 'FastDecoder', 'fast_generate', 'Finished', 'best_sums', 'BeamGroup', 'beam_loop',
-           'diverse_beam_search', 'progress_of', 'Constrained', 'constrained_beam_search', 'GumbelNoise',
-           'seeded_sample']
+           'diverse_beam_search', 'progress_of', 'alternatives', 'Constrained', 'constrained_beam_search',
+           'GumbelNoise', 'seeded_sample']
 
 # %% ../nbs/02_decoding.ipynb #2701a789
 import copy, warnings
@@ -322,7 +322,14 @@ def progress_of(
     tail = [max(n for n in range(len(p)) if not n or row[-n:] == p[:n]) for p in phrases]
     return max(tail), {p[n] for p, n in zip(phrases, tail)} | {p[0] for p in phrases}
 
-# %% ../nbs/02_decoding.ipynb #364d9123
+# %% ../nbs/02_decoding.ipynb #17953e31
+def alternatives(
+    force_words_ids:list, # as in `GenerationConfig`: phrases, or lists of phrases of which one is enough
+)->list: # each constraint a list of phrases
+    "Constraints in the form in which each has alternatives."
+    return [f if isinstance(f[0], (list, tuple)) else [f] for f in force_words_ids]
+
+# %% ../nbs/02_decoding.ipynb #3f26bfb7
 class Constrained:
     "A choice that gets every constraint met."
     def __init__(self,
@@ -344,15 +351,14 @@ class Constrained:
         turns = zip_longest(*(banks[m] for m in sorted(banks, reverse=True)))
         return [o for t in turns for o in t if o][:n or 2*len(rows)]
 
-# %% ../nbs/02_decoding.ipynb #97767d30
+# %% ../nbs/02_decoding.ipynb #f018d5f5
 def constrained_beam_search(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
     "Beam search whose sentences hold the phrases of `force_words_ids`; for `generate(custom_generate=constrained_beam_search, force_words_ids=…)`."
     c = generation_config
-    constraints = [f if isinstance(f[0], (list, tuple)) else [f] for f in c.force_words_ids]
-    choose = Constrained([[list(p) for p in f] for f in constraints], listify(c.eos_token_id))
+    choose = Constrained([[list(p) for p in f] for f in alternatives(c.force_words_ids)], listify(c.eos_token_id))
     return beam_loop(model, input_ids, logits_processor, stopping_criteria, c, choose, 1, choose.met, **kwargs)
 
-# %% ../nbs/02_decoding.ipynb #dea0dca6
+# %% ../nbs/02_decoding.ipynb #01e0cda6
 class GumbelNoise(LogitsProcessor):
     "Turns the largest logit into a sample, with noise that is a function of (seed of the row, step)."
     def __init__(self,

@@ -7,7 +7,7 @@ __all__ = ['read_pairs', 'caption_rows', 'augment', 'CaptionSet', 'caption_loss'
            'training_only', 'FineTuneConfig', 'caption_data', 'own_accelerator', 'Curve', 'caption_learner',
            'FineTuned']
 
-# %% ../nbs/15_finetuning.ipynb #b20efd83
+# %% ../nbs/15_finetuning.ipynb #444fd81c
 import io, json, math, os
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -21,7 +21,7 @@ from PIL import ImageOps
 
 from .callbacks import Checkpoints, Interrupts, LossLog, NaNGuard, Progress
 from .captioning import Captioner, padded, pixel_values, _real, _whole
-from .core import BoothError, file_hash, generator, nearest, out_dir, read_jsonl, stateless_seed, stateless_shuffle, _choices
+from .core import BoothError, file_hash, generator, nearest, out_dir, read_jsonl, stateless_seed, stateless_shuffle, weights_hash, _choices
 from .decoding import vision_features
 from .images import fit as fit_image, load_image, _photo_files, _sources
 from .learner import Callback, CancelFit, Learner
@@ -315,7 +315,7 @@ def own_accelerator(
     finally:
         for s, old in zip(states, was): s.clear(); s.update(old)
 
-# %% ../nbs/15_finetuning.ipynb #705025e3
+# %% ../nbs/15_finetuning.ipynb #02d0b712
 def _run_folder(out, resume):
     "The run folder, proved writable, and free unless a run is to go on; None without one."
     if out is None:
@@ -328,8 +328,7 @@ def _run_folder(out, resume):
 
 def _frozen_hash(net):
     "A hash of the weights that do not train: a run goes on only beside the same ones."
-    parts = [file_hash(p.detach().cpu().contiguous().view(torch.uint8).numpy().data) for p in net.parameters() if not p.requires_grad]
-    return file_hash(''.join(parts).encode())
+    return weights_hash((n, p) for n, p in net.named_parameters() if not p.requires_grad)
 
 # %% ../nbs/15_finetuning.ipynb #c9ddf817
 class Curve(Callback):

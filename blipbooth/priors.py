@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Priors', 'load_priors', 'article', 'class_prompts', 'fingerprint', 'make_priors']
 
-# %% ../nbs/09_priors.ipynb #3b6dc58e
-import hashlib, json, torch
+# %% ../nbs/09_priors.ipynb #537ca7e4
+import json, torch
 from dataclasses import dataclass
 from pathlib import Path
 from fastcore.foundation import L
-from .core import BoothError, append_jsonl, file_hash, out_dir, progress, read_jsonl, stateless_seed
+from .core import BoothError, append_jsonl, file_hash, out_dir, progress, read_jsonl, stateless_seed, weights_hash
 from .images import load_image, show_grid
 from .sampling import sample
 
@@ -68,7 +68,7 @@ def class_prompts(
     settings = dict.fromkeys(c.partition(' on ')[2] for c in map(str, captions) if ' on ' in c)
     return [f'{plain} on {s}' for s in settings] or [plain]
 
-# %% ../nbs/09_priors.ipynb #1979d4db
+# %% ../nbs/09_priors.ipynb #bc39b3d3
 def _settings(pipe, class_noun, seed, prompts, threshold, steps, guidance):
     "What has to be equal for a folder to be gone on with."
     return dict(model=fingerprint(pipe), class_noun=class_noun, seed=seed, prompts=list(prompts), threshold=threshold, steps=steps, guidance=guidance)
@@ -77,12 +77,7 @@ def fingerprint(
     pipe, # a StableDiffusionPipeline
 ) -> str: # 16 hexadecimal digits
     "A hash of the weights that decide what a pipeline draws."
-    h = hashlib.blake2b(digest_size=8)
-    for m in (pipe.unet, pipe.text_encoder, pipe.vae):
-        for name, p in m.named_parameters():
-            h.update(name.encode())
-            h.update(p.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-    return h.hexdigest()
+    return weights_hash((f'{k}.{n}', p) for k in ('unet', 'text_encoder', 'vae') for n, p in getattr(pipe, k).named_parameters())
 
 def _open(folder, settings):
     "The records of an interrupted run with the same settings."
