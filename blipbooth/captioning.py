@@ -7,7 +7,7 @@ __all__ = ['presets', 'load_blip', 'pixel_values', 'Caption', 'Blip', 'Captioner
            'same_length', 'picture_files', 'count_pictures', 'NameSet', 'prefetched', 'append_synced', 'read_records',
            'mend_log', 'FolderCaptions', 'differences', 'write_sidecar']
 
-# %% ../nbs/03_captioning.ipynb #7ee70df4
+# %% ../nbs/03_captioning.ipynb #05f73832
 import base64, hashlib, heapq, html, inspect, io, json, os, time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -27,8 +27,8 @@ from transformers import (BlipForConditionalGeneration, BlipForImageTextRetrieva
 
 from .core import (BoothError, Settings, atomic_dir, load_json, nearest, out_dir, progress, resolve_model, save_json,
     stateless_seed, weights_hash)
-from .decoding import (FastDecoder, ImageCache, alternatives, constrained_beam_search, diverse_beam_search, image_memory, quiet_transformers,
-    seeded_sample, vision_features)
+from .decoding import (FastDecoder, ImageCache, alternatives, constrained_beam_search, diverse_beam_search, image_memory, packed,
+    quiet_transformers, seeded_sample, vision_features)
 from .images import Photo, _suffixes, fit as fit_image, load_image, load_images, to_tensor
 
 # %% ../nbs/03_captioning.ipynb #e09dcbeb
@@ -393,7 +393,7 @@ def shares_memory(self:Captioner,
     "Whether the fast decoder writes: it is not turned off, and nobody asks for what only transformers' decoder gives."
     return self.fast and not (config.output_attentions or config.output_hidden_states)
 
-# %% ../nbs/03_captioning.ipynb #550e8420
+# %% ../nbs/03_captioning.ipynb #dca6cba0
 @patch
 @torch.no_grad()
 def token_log_probs(self:Captioner,
@@ -403,7 +403,7 @@ def token_log_probs(self:Captioner,
     "How probable each token was, given the picture and the tokens before it."
     x, mask = padded(rows, self.text_config.pad_token_id, self.device)
     decoder, look = self.model.text_decoder, dict(encoder_hidden_states=embeds, use_cache=False)
-    if isinstance(embeds, list) or self.fast: decoder, look = FastDecoder.over(decoder), dict(past_key_values=ImageCache(self.memory(embeds)))
+    if isinstance(embeds, list) or self.fast: decoder, look = FastDecoder.over(packed(decoder)), dict(past_key_values=ImageCache(self.memory(embeds)))
     elif len(rows) > len(embeds): look['encoder_hidden_states'] = embeds.repeat_interleave(len(rows)//len(embeds), 0)
     logits = decoder(input_ids=x[:, :-1], attention_mask=mask[:, :-1], **look).logits
     lp = logits.float().log_softmax(-1).gather(-1, x[:, 1:, None])[..., 0]
@@ -436,7 +436,7 @@ def _pairs(photos, texts):
     if n != m and 1 not in (n, m): raise BoothError(f"{n} pictures and {m} texts; give as many of one as of the other, or a single one")
     return max(n, m)
 
-# %% ../nbs/03_captioning.ipynb #4ea361a9
+# %% ../nbs/03_captioning.ipynb #998f9ba0
 @patch
 @torch.no_grad()
 def log_prob(self:Captioner,
@@ -451,6 +451,7 @@ def log_prob(self:Captioner,
     n = _pairs(photos, rows)
     if len(rows) == 1: rows = rows*n
     one = self.encode(photos, fit) if len(photos) == 1 else None
+    if one is not None and self.fast: one = self.memory(one)
     res = []
     for part in chunked(range(n), batch_size):
         embeds = self.encode([photos[i] for i in part], fit) if one is None else one
@@ -483,7 +484,7 @@ class StopText(StoppingCriteria):
         new = [self.read(row)[len(self.read(row[:self.n])):] for row in ids]
         return torch.tensor([any(s in o for s in self.strings) for o in new], device=ids.device)
 
-# %% ../nbs/03_captioning.ipynb #3a18f437
+# %% ../nbs/03_captioning.ipynb #4a898328
 @patch
 @torch.no_grad()
 def generate(self:Captioner,
@@ -500,7 +501,7 @@ def generate(self:Captioner,
         rest['stopping_criteria'] = StoppingCriteriaList([*rest.get('stopping_criteria', []), StopText(self, config.stop_strings, x)])
     config.stop_strings, decoder = None, self.model.text_decoder
     if isinstance(embeds, list) or self.shares_memory(config):
-        decoder = FastDecoder.over(decoder)
+        decoder = FastDecoder.over(packed(decoder))
         look = dict(past_key_values=ImageCache(self.memory(embeds)))
     else: look = dict(encoder_hidden_states=embeds, encoder_attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=self.device))
     with quiet_transformers():

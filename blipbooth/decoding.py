@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['quiet_transformers', 'random_blip', 'heads', 'vision_features', 'image_memory', 'ImageCache', 'fold', 'unfold',
-           'text_layer', 'visible', 'FastDecoder', 'fast_generate', 'Finished', 'best_sums', 'BeamGroup', 'beam_loop',
-           'diverse_beam_search', 'progress_of', 'alternatives', 'Constrained', 'constrained_beam_search',
-           'GumbelNoise', 'seeded_sample']
+           'text_layer', 'visible', 'FastDecoder', 'PackedLinear', 'packable', 'packed', 'fast_generate', 'Finished',
+           'best_sums', 'BeamGroup', 'beam_loop', 'diverse_beam_search', 'progress_of', 'alternatives', 'Constrained',
+           'constrained_beam_search', 'GumbelNoise', 'seeded_sample']
 
-# %% ../nbs/02_decoding.ipynb #2701a789
-import copy, warnings
+# %% ../nbs/02_decoding.ipynb #b5d460a6
+import copy, platform, warnings, weakref
 from contextlib import contextmanager
 from itertools import zip_longest
 
@@ -184,7 +184,53 @@ class FastDecoder(BlipTextLMHeadModel):
         fast.__class__ = cls
         return fast
 
-# %% ../nbs/02_decoding.ipynb #503e2b4e
+# %% ../nbs/02_decoding.ipynb #e8bd6596
+class PackedLinear(torch.nn.Module):
+    "A linear layer whose weights lie as the processor reads them; for inference."
+    def __init__(self,
+        layer:torch.nn.Linear, # the layer to stand in for
+        rows:int=20, # how many rows to expect at once; any number works
+    ):
+        super().__init__()
+        self.bias, self.laid = layer.bias, torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
+
+    def forward(self, x):
+        return torch.ops.mkldnn._linear_pointwise(x, self.laid, self.bias, 'none', [], '')
+
+def packable(
+    layer, # a module
+)->bool: # an ordinary linear layer that nothing listens to, on a CPU whose library can do it
+    "Whether a module may be packed."
+    if type(layer) is not torch.nn.Linear or layer._forward_hooks or layer._forward_pre_hooks or layer.weight.device.type != 'cpu': return False
+    bf16 = layer.weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return bf16 or layer.weight.dtype == torch.float32
+
+# %% ../nbs/02_decoding.ipynb #7392796e
+_packed = weakref.WeakKeyDictionary()                         # decoder -> (its state, its packed copy)
+
+def _state(modules): # what has to be the same for a packed copy to be good
+    def mark(p):
+        raw = p.detach().reshape(-1).contiguous().view(torch.uint8)
+        whole = len(raw)//8*8
+        return p._version, p.data_ptr(), int(raw[:whole].view(torch.int64).sum()), int(raw[whole:].sum())
+    return [(id(m), *(mark(m.weight) if packable(m) else ())) for m in modules]
+
+def packed(
+    decoder:BlipTextLMHeadModel, # a text decoder
+)->BlipTextLMHeadModel: # with its linear layers packed, or the same one where gradients are wanted or the processor cannot
+    "A decoder that reads its weights faster."
+    if torch.is_grad_enabled() or platform.machine() not in ('x86_64', 'AMD64') or not torch.backends.mkldnn.is_available(): return decoder
+    state = _state(decoder.modules())
+    if _packed.get(decoder, (None,))[0] != state:
+        shared = {id(t): t for t in (*decoder.parameters(), *decoder.buffers())}
+        twin = copy.deepcopy(decoder, shared)                  # modules are copied, tensors are not
+        for m in list(twin.modules()):
+            for name, child in list(m.named_children()):
+                if packable(child): setattr(m, name, PackedLinear(child))
+        _packed[decoder] = state, twin
+    return _packed[decoder][1]
+
+# %% ../nbs/02_decoding.ipynb #4d15d152
 def fast_generate(
     decoder:BlipTextLMHeadModel, # a captioner's text decoder
     embeds:torch.Tensor, # (b, 1 + patches, d) from the vision model
@@ -193,11 +239,11 @@ def fast_generate(
     **kwargs, # what transformers' `generate` takes
 ):
     "Continue `input_ids` about the pictures; as transformers' `generate`, and quicker."
-    fast = FastDecoder.over(decoder)
+    with torch.no_grad(): fast = FastDecoder.over(packed(decoder))
     if attention_mask is None: attention_mask = torch.ones_like(input_ids)
     return fast.generate(input_ids=input_ids, attention_mask=attention_mask, past_key_values=ImageCache(image_memory(fast, embeds)), **kwargs)
 
-# %% ../nbs/02_decoding.ipynb #735d71ac
+# %% ../nbs/02_decoding.ipynb #223f71bf
 class Finished:
     "The k best finished sentences about one picture."
     def __init__(self,
@@ -215,7 +261,7 @@ class Finished:
         if self.config.early_stopping == 'never' and (self.config.length_penalty or 0) > 0: n = most
         self.over = self.config.early_stopping is True or self.norm(best, n) <= self.kept[-1][0][1]
 
-# %% ../nbs/02_decoding.ipynb #bba4a4c5
+# %% ../nbs/02_decoding.ipynb #92d0b1f4
 def best_sums(
     sums:torch.Tensor, # (k, vocabulary) log-probability of each sentence with each next word
     rows=None, # the k sentences so far, lists of ids
@@ -226,7 +272,7 @@ def best_sums(
     v, i = sums.flatten().topk(min(n or 2*len(sums), sums.numel()))
     return list(zip(v.tolist(), (i//sums.shape[1]).tolist(), (i % sums.shape[1]).tolist()))
 
-# %% ../nbs/02_decoding.ipynb #7654de54
+# %% ../nbs/02_decoding.ipynb #ef6d3dcf
 class BeamGroup:
     "The k sentences that a group of beams is writing about one picture, and those it has finished."
     def __init__(self,
@@ -258,14 +304,14 @@ class BeamGroup:
         self.sums, self.rows = torch.tensor([s for s, *_ in on]), [r for *_, r in on]
         return [j for _, j, _ in on]
 
-# %% ../nbs/02_decoding.ipynb #0f08e00c
+# %% ../nbs/02_decoding.ipynb #fb938dcf
 def _next_log_probs(model, rows, kwargs): # rows (n, t) -> log-probabilities (n, vocabulary), what the next step needs
     cache = kwargs.get('past_key_values')
     new = 1 if cache is not None and cache.get_seq_length() else rows.shape[1]
     out = model(**model.prepare_inputs_for_generation(rows, next_sequence_length=new, **kwargs), return_dict=True)
     return out.logits[:, -1].float().log_softmax(-1), model._update_model_kwargs_for_generation(out, kwargs)
 
-# %% ../nbs/02_decoding.ipynb #3b8ae73b
+# %% ../nbs/02_decoding.ipynb #48bfd32e
 def _collect(pictures, n, pad): # the n best rows of each picture: the best of each group, then the second best of each …
     out = []
     for groups in pictures:
@@ -274,7 +320,7 @@ def _collect(pictures, n, pad): # the n best rows of each picture: the best of e
     most = max(map(len, out))
     return [r + [pad]*(most - len(r)) for r in out]
 
-# %% ../nbs/02_decoding.ipynb #d01fe9fc
+# %% ../nbs/02_decoding.ipynb #29aa7868
 @torch.no_grad()
 def beam_loop(
     model, # a decoder, fast or transformers' own
@@ -302,7 +348,7 @@ def beam_loop(
         if kwargs.get('past_key_values') is not None: kwargs['past_key_values'].reorder_cache(torch.tensor(come, device=device))
     return torch.tensor(_collect(pictures, c.num_return_sequences or 1, c.pad_token_id or 0), device=device)
 
-# %% ../nbs/02_decoding.ipynb #cc7be40e
+# %% ../nbs/02_decoding.ipynb #164ab1d3
 def diverse_beam_search(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
     "Beam search in groups that avoid each other's words; for `generate(custom_generate=diverse_beam_search, num_beam_groups=…, diversity_penalty=…)`."
     penalty = generation_config.diversity_penalty or 0.
@@ -311,7 +357,7 @@ def diverse_beam_search(model, input_ids, logits_processor, stopping_criteria, g
         return best_sums(sums - paid, rows, said, n)
     return beam_loop(model, input_ids, logits_processor, stopping_criteria, generation_config, choose, generation_config.num_beam_groups or 1, **kwargs)
 
-# %% ../nbs/02_decoding.ipynb #f8faac7f
+# %% ../nbs/02_decoding.ipynb #3a35d172
 def progress_of(
     phrases:list, # one constraint: lists of ids, of which one has to appear
     row:list, # ids so far
@@ -322,14 +368,14 @@ def progress_of(
     tail = [max(n for n in range(len(p)) if not n or row[-n:] == p[:n]) for p in phrases]
     return max(tail), {p[n] for p, n in zip(phrases, tail)} | {p[0] for p in phrases}
 
-# %% ../nbs/02_decoding.ipynb #17953e31
+# %% ../nbs/02_decoding.ipynb #f07da6f6
 def alternatives(
     force_words_ids:list, # as in `GenerationConfig`: phrases, or lists of phrases of which one is enough
 )->list: # each constraint a list of phrases
     "Constraints in the form in which each has alternatives."
     return [f if isinstance(f[0], (list, tuple)) else [f] for f in force_words_ids]
 
-# %% ../nbs/02_decoding.ipynb #3f26bfb7
+# %% ../nbs/02_decoding.ipynb #400017cb
 class Constrained:
     "A choice that gets every constraint met."
     def __init__(self,
@@ -351,14 +397,14 @@ class Constrained:
         turns = zip_longest(*(banks[m] for m in sorted(banks, reverse=True)))
         return [o for t in turns for o in t if o][:n or 2*len(rows)]
 
-# %% ../nbs/02_decoding.ipynb #f018d5f5
+# %% ../nbs/02_decoding.ipynb #ee8fe0a7
 def constrained_beam_search(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
     "Beam search whose sentences hold the phrases of `force_words_ids`; for `generate(custom_generate=constrained_beam_search, force_words_ids=…)`."
     c = generation_config
     choose = Constrained([[list(p) for p in f] for f in alternatives(c.force_words_ids)], listify(c.eos_token_id))
     return beam_loop(model, input_ids, logits_processor, stopping_criteria, c, choose, 1, choose.met, **kwargs)
 
-# %% ../nbs/02_decoding.ipynb #01e0cda6
+# %% ../nbs/02_decoding.ipynb #6e10e500
 class GumbelNoise(LogitsProcessor):
     "Turns the largest logit into a sample, with noise that is a function of (seed of the row, step)."
     def __init__(self,
