@@ -7,7 +7,7 @@ __all__ = ['presets', 'load_blip', 'pixel_values', 'Caption', 'Blip', 'Captioner
            'same_length', 'picture_files', 'count_pictures', 'NameSet', 'prefetched', 'append_synced', 'read_records',
            'mend_log', 'FolderCaptions', 'differences', 'write_sidecar']
 
-# %% ../nbs/03_captioning.ipynb #05f73832
+# %% ../nbs/03_captioning.ipynb #6208c0b3
 import base64, hashlib, heapq, html, inspect, io, json, os, time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +22,7 @@ import numpy as np, torch
 from fastcore.basics import chunked, listify, patch, store_attr
 from fastcore.foundation import L
 from PIL import Image
+from filelock import FileLock, Timeout
 from transformers import (BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipProcessor, GenerationConfig, GenerationMixin,
     StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer)
 
@@ -174,7 +175,17 @@ def push_to_hub(self:Blip,
     "Upload model and processor."
     for part in self.model, self.processor: part.push_to_hub(repo_id, **kwargs)
 
-# %% ../nbs/03_captioning.ipynb #c5047b6a
+# %% ../nbs/03_captioning.ipynb #a60713ca
+@patch
+@torch.no_grad()
+def check_size(self:Blip,
+    size, # side in pixels, or None
+):
+    "Refuse a size that the vision model cannot cut into patches."
+    v = self.model.config.vision_config
+    if size is not None and (type(size) is not int or size < v.patch_size or size % v.patch_size):
+        raise BoothError(f"size={size!r}; it must be a multiple of the model's patches of {v.patch_size} pixels, such as {v.image_size}")
+
 @patch
 @torch.no_grad()
 def encode(self:Blip,
@@ -183,9 +194,8 @@ def encode(self:Blip,
     size:int=None, # side in pixels, a multiple of the patch size; None: what the checkpoint saw
 )->torch.Tensor: # (b, 1 + patches, d): what the text model looks at
     "One vector for the picture and one for each patch."
+    self.check_size(size)
     v = self.model.config.vision_config
-    if size is not None and (type(size) is not int or size < v.patch_size or size % v.patch_size):
-        raise BoothError(f"size={size!r}; it must be a multiple of the model's patches of {v.patch_size} pixels, such as {v.image_size}")
     x = pixel_values(images, self.processor, fit, size).to(self.device, self.dtype)
     other = tuple(x.shape[-2:]) != (v.image_size, v.image_size)
     if self.fast: return vision_features(self.model.vision_model, x, other)
@@ -703,7 +713,7 @@ def _error_record(name, e, folder):
     "An error as a line of errors.jsonl."
     return dict(file_name=name.encode(errors='backslashreplace').decode(), error=str(e).removeprefix(str(Path(folder)/name)).strip())
 
-# %% ../nbs/03_captioning.ipynb #1569efb6
+# %% ../nbs/03_captioning.ipynb #11e8c648
 @patch
 def caption_files(self:Captioner,
     files, # names, one by one; any number
@@ -713,16 +723,18 @@ def caption_files(self:Captioner,
     fit:str='stretch', # stretch | center-crop | letterbox
     workers:int=None, # threads that read pictures; None: one for each core, at most 8
     strict:bool=False, # stop at a picture that cannot be read
+    size:int=None, # side in pixels; None: what the checkpoint saw
     **decoding, # any keyword of transformers' `generate`
 ): # for each batch (records of captions, records of errors)
     "Caption files batch by batch, reading ahead."
     o, workers = self.processor.image_processor.size, workers or min(8, os.cpu_count() or 1)
-    def read(name): return name, _fitted(Path(folder)/name, (o['height'], o['width']), fit)
+    side = size or (o['height'], o['width'])
+    def read(name): return name, _fitted(Path(folder)/name, side, fit)
     for part in chunked(prefetched(read, files, workers, 2*batch_size), batch_size):
         bad = [(name, x) for name, x in part if isinstance(x, BoothError)]
         if bad and strict: raise bad[0][1]
         good = [(name, x) for name, x in part if not isinstance(x, BoothError)]
-        caps = self([x for _, x in good], prompt, batch_size, fit, **decoding) if good else []
+        caps = self([x for _, x in good], prompt, batch_size, fit, size, **decoding) if good else []
         yield [_record(name, c) for (name, _), c in zip(good, caps)], [_error_record(*o, folder) for o in bad]
 
 # %% ../nbs/03_captioning.ipynb #5dcd441a
@@ -871,18 +883,19 @@ def _check_folder_options(prompt, batch_size, fit, workers):
     if not (prompt is None or isinstance(prompt, str)): raise BoothError(f"prompt {prompt!r} is not a string; a folder has one prompt for all its pictures")
     fit_image(Image.new('RGB', (8, 8)), 8, fit)
 
-# %% ../nbs/03_captioning.ipynb #0f024721
+# %% ../nbs/03_captioning.ipynb #1079e3df
 @patch
-def _plan_folder(self:Captioner, folder, out, recursive, prompt, batch_size, fit, workers, overwrite, decoding):
+def _plan_folder(self:Captioner, folder, out, recursive, prompt, batch_size, fit, size, workers, overwrite, decoding):
     "Look at everything that can be wrong; (run, number of pictures, settings, whether to go on)."
     _check_folder_options(prompt, batch_size, fit, workers)
+    self.check_size(size)
     n, res = count_pictures(folder, recursive), _folder_captions(folder, out)
     longest = len(self.prompt_ids(prompt, 1)[0])
-    options = decoding_config(longest=longest, positions=self.text_config.max_position_embeddings, **decoding)
-    settings = self.folder_settings(res.folder, res.log, prompt, fit, *options)
+    config, rest = decoding_config(longest=longest, positions=self.text_config.max_position_embeddings, **decoding)
+    settings = self.folder_settings(res.folder, res.log, prompt, fit, config, rest if size is None else dict(rest, size=size))
     return res, n, settings, res.goes_on(settings, overwrite)
 
-# %% ../nbs/03_captioning.ipynb #bf0afcfb
+# %% ../nbs/03_captioning.ipynb #c7e0d4d4
 @contextmanager
 def _for_writing(folder):
     "A folder to write to; if it was made for this and stays empty, it goes again."
@@ -893,6 +906,18 @@ def _for_writing(folder):
         for o in made:
             with suppress(OSError): o.rmdir()
 
+@contextmanager
+def _only_run(log):
+    "Keep a second run away from a log; the system lets go of it when a run is killed."
+    lock = FileLock(log.with_name(f'.{log.name}.lock'))
+    try: lock.acquire(timeout=0)
+    except Timeout: raise BoothError(f"another run is writing to {log}; wait for it, or choose another out=") from None
+    try: yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+# %% ../nbs/03_captioning.ipynb #6e34b3bf
 @patch
 def _open_log(self:FolderCaptions, go_on, sidecar):
     "Make the logs ready; the names that are done, with their sidecars made up for."
@@ -903,7 +928,7 @@ def _open_log(self:FolderCaptions, go_on, sidecar):
     self.there = len(done)
     return done
 
-# %% ../nbs/03_captioning.ipynb #be7db756
+# %% ../nbs/03_captioning.ipynb #c0ad0bdd
 @patch
 def _write_sidecars(self:FolderCaptions, records, extension, overwrite):
     "Sidecars for pictures that are there; counts those that were kept."
@@ -924,7 +949,7 @@ def _work(self:FolderCaptions, batches, settings, overwrite, bar, sidecar):
         bar.update(len(done) + len(bad))
     if self.log.exists(): save_json(self.config_file, settings)
 
-# %% ../nbs/03_captioning.ipynb #44c3ba72
+# %% ../nbs/03_captioning.ipynb #5dec4068
 @patch
 def caption_folder(self:Captioner,
     folder, # where the pictures are
@@ -938,17 +963,18 @@ def caption_folder(self:Captioner,
     strict:bool=False, # stop at a picture that cannot be read
     caption_extension:str='.txt', # of the sidecars
     workers:int=None, # threads that read pictures; None: one for each core, at most 8
-    **decoding, # any keyword of transformers' `generate`
+    size:int=None, # side in pixels; None: what the checkpoint saw
+    **decoding, # `preset`, `seed`, `force_words`, `avoid_words`, and any keyword of transformers' `generate`
 )->FolderCaptions: # counts and places; going through it reads the records
     "Caption a folder of any size; the same call goes on with one that was interrupted."
     start, ext = time.perf_counter(), _extension(caption_extension)
-    res, n, settings, go_on = self._plan_folder(folder, out, recursive, prompt, batch_size, fit, workers, overwrite, decoding)
+    res, n, settings, go_on = self._plan_folder(folder, out, recursive, prompt, batch_size, fit, size, workers, overwrite, decoding)
     side = dict(extension=ext, overwrite=overwrite) if sidecars else {}
     if sidecars: out_dir(res.folder)
-    with _for_writing(res.log.parent):
+    with _for_writing(res.log.parent), _only_run(res.log):
         done = res._open_log(go_on, side)
         names = (o for o in picture_files(res.folder, recursive) if o not in done)
-        batches = self.caption_files(names, res.folder, prompt, batch_size, fit, workers, strict, **decoding)
+        batches = self.caption_files(names, res.folder, prompt, batch_size, fit, workers, strict, size, **decoding)
         with progress(total=max(0, n - len(done)), desc='captions') as bar: res._work(batches, settings, overwrite, bar, side)
     res.seconds = time.perf_counter() - start
     return res
