@@ -580,13 +580,13 @@ def __call__(self:Captioner,
         for i, c in zip(part, found): res[i] = c
     return L(res)
 
-# %% ../nbs/03_captioning.ipynb #6595b3ec
+# %% ../nbs/03_captioning.ipynb #69d6c0b1
 @patch
 def _caption_batch(self:Captioner, photos, ids, prompts, fit, size, config, rest, seed):
     "Captions for pictures whose prompts have one length."
     several, n = config.num_return_sequences or 1, len(ids[0])
     ends = np.atleast_1d(config.eos_token_id if config.eos_token_id is not None else self.text_config.sep_token_id).tolist()
-    embeds, dice = self.encode(photos, fit, size), [stateless_seed(seed, p.hash, k) for p in photos for k in range(several)]
+    embeds, dice = self.encode(photos, fit, size), seed is not None and [stateless_seed(seed, p.hash, k) for p in photos for k in range(several)]
     if self.shares_memory(config): embeds = self.memory(embeds)
     if rest.get('custom_generate') is seeded_sample: rest = {**rest, 'row_seeds': dice}
     with torch.random.fork_rng(enabled=seed is not None):

@@ -5,25 +5,30 @@
 # %% auto #0
 __all__ = ['Photo', 'load_image', 'load_images', 'fit', 'to_tensor', 'to_pil', 'show_grid', 'contact_sheet']
 
-# %% ../nbs/01_images.ipynb #918a39a8
+# %% ../nbs/01_images.ipynb #4cd2ded7
 import io, math, warnings
 import numpy as np
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from fastcore.foundation import L
 from .core import BoothError, file_hash, _choices
 
-# %% ../nbs/01_images.ipynb #4684720c
+# %% ../nbs/01_images.ipynb #8f8b60d2
 def _pixel_hash(image): return file_hash(f'{image.mode}{image.size}'.encode() + image.tobytes())
 
-@dataclass(repr=False, unsafe_hash=True)
+@dataclass(repr=False, eq=False)
 class Photo:
     "An upright RGB picture that knows where it came from; photos with equal pixels are equal."
-    image: Image.Image = field(compare=False) # PIL picture, RGB
-    path: Path = field(default=None, compare=False) # the file, or None
-    hash: str = '' # 16 hexadecimal digits, from the pixels and the size
-    def __post_init__(self): self.hash = self.hash or _pixel_hash(self.image)
+    image: Image.Image # PIL picture, RGB
+    path: Path = None # the file, or None
+    @cached_property
+    def hash(self): # 16 hexadecimal digits, made when they are first asked for
+        "A hash of the pixels and the size."
+        return _pixel_hash(self.image)
+    def __eq__(self, other): return self.hash == other.hash if isinstance(other, Photo) else NotImplemented
+    def __hash__(self): return hash(self.hash)
     @property
     def name(self): return self.path.name if self.path else f'photo-{self.hash[:6]}'
     @property
