@@ -4,10 +4,12 @@ One base-size BLIP of fixed random weights, 4 pictures, 20 new tokens; ours and 
 repeats of each. Seconds are wall time of pixels to token ids. Token ids are compared on the bundled model and 200 pictures of noise.
 Memory is the growth of the process's peak while it decodes, each side in a process of its own that has computed nothing before;
 our copy of the linear layers is made beforehand and stays, so it is a line of its own. JSON lines."""
-import json, statistics, subprocess, sys, time, warnings
+import subprocess, sys, warnings
 
 import numpy as np, torch
 from transformers import BlipConfig, BlipForConditionalGeneration
+
+from common import in_turn, line, machine, race
 
 from blipbooth.captioning import Captioner
 from blipbooth.decoding import fast_generate, packed, quiet_transformers, vision_features
@@ -37,26 +39,12 @@ def options(model, beams):
     return dict(num_beams=beams, do_sample=False, min_new_tokens=NEW, max_new_tokens=NEW, eos_token_id=t.sep_token_id, pad_token_id=t.pad_token_id)
 
 
-def line(name, a, b, unit, **more): print(json.dumps(dict(name=name, ours=round(a, 4), peer=round(b, 4), ratio=round(b/a, 3), unit=unit, **more)), flush=True)
-
-
-def in_turn(f, g, repeats): # medians of f and g, called in turn after one call of each to warm up
-    f(); g()
-    times = [[], []]
-    for _ in range(repeats):
-        for h, ts in zip((f, g), times):
-            t = time.perf_counter(); h(); ts.append(time.perf_counter() - t)
-    return map(statistics.median, times)
-
-
 def speed(repeats):
     pixels, model, half = torch.randn(B, 3, 384, 384, generator=torch.Generator().manual_seed(1)), base_size(), base_size(torch.bfloat16)
-    for beams in 1, 3, 5:
+    for beams, bar in (1, 1.25), (3, 2.5), (5, 3.5):
         kw = options(model, beams)
-        a, b = in_turn(lambda: ours(model, pixels, **kw), lambda: theirs(model, pixels, **kw), repeats)
-        line(f'beam {beams}, float32' if beams > 1 else 'greedy, float32', a, b, 's')
-    a, b = in_turn(lambda: ours(half, pixels, **kw), lambda: theirs(model, pixels, **kw), max(1, repeats//2))
-    line('beam 5, bfloat16 against float32', a, b, 's')
+        race(f'beam {beams}, float32' if beams > 1 else 'greedy, float32', lambda: ours(model, pixels, **kw), lambda: theirs(model, pixels, **kw), repeats, bar=bar)
+    race('beam 5, bfloat16 against float32', lambda: ours(half, pixels, **kw), lambda: theirs(model, pixels, **kw), max(1, repeats//2), bar=8)
 
 
 def vision_share(repeats):
@@ -65,7 +53,7 @@ def vision_share(repeats):
     v, n = model.config.vision_config, (384//16)**2 + 1
     flops = B*v.num_hidden_layers*(2*n*v.hidden_size*(4*v.hidden_size + 2*v.intermediate_size) + 4*n*n*v.hidden_size)
     rate, best = flops/a/1e9, 2*2048**3/b/1e9
-    print(json.dumps(dict(name='vision encoder, share of the matrix-multiply rate', ours=round(rate, 1), peer=round(best, 1), ratio=round(rate/best, 3), unit='GFLOP/s')), flush=True)
+    line('vision encoder, share of the matrix-multiply rate', ours=round(rate, 1), peer=round(best, 1), ratio=round(rate/best, 3), unit='GFLOP/s', bar=.6)
 
 
 def same_ids(n=200):
@@ -78,7 +66,7 @@ def same_ids(n=200):
         with quiet_transformers(): a, b = (f(cap.model, pixels, **kw).tolist() for f in (ours, theirs))
         start = len(b[0]) - len(a[0])                          # their rows may hold one more start token
         equal = sum(x == y[start:] for x, y in zip(a, b))
-        print(json.dumps(dict(name=f'same token ids, {name}', ours=equal, peer=n, ratio=equal/n, unit='pictures')), flush=True)
+        line(f'same token ids, {name}', ours=equal, peer=n, ratio=equal/n, unit='pictures', bar=1)
 
 
 def peak(side): # MB by which the peak grew while decoding
@@ -101,8 +89,8 @@ def peak(side): # MB by which the peak grew while decoding
 def memory():
     run = lambda side: subprocess.run([sys.executable, __file__, 'peak', side], capture_output=True, text=True, check=True).stdout.split()[-2:]
     (a, kept), (b, _) = ([float(o) for o in run(side)] for side in ('ours', 'theirs'))
-    print(json.dumps(dict(name='memory of the decode, beam 5', ours=round(a), peer=round(b), ratio=round(a/b, 3), unit='MB')), flush=True)
-    print(json.dumps(dict(name='packed copy of the decoder, once', ours=round(kept), unit='MB')), flush=True)
+    line('memory of the decode, beam 5', ours=round(a), peer=round(b), ratio=round(a/b, 3), unit='MB', bar='<0.4')
+    line('packed copy of the decoder, once', ours=round(kept), unit='MB')
 
 
 if __name__ == '__main__':
@@ -111,4 +99,5 @@ if __name__ == '__main__':
     else:
         if sys.argv[1:]: torch.set_num_threads(int(sys.argv[1]))
         repeats = int(sys.argv[2]) if sys.argv[2:] else 5
+        machine()
         same_ids(); speed(repeats); vision_share(repeats); memory()
