@@ -61,7 +61,7 @@ def _print_captions(model, path, recursive, strict, how):
         for o in done: print(f"{o['file_name']}\t{o['text']}", flush=True)
         for o in bad: print(f"blipbooth: {o['file_name']} {o['error']}", file=sys.stderr)
 
-# %% ../nbs/22_cli.ipynb #accada89
+# %% ../nbs/22_cli.ipynb #baa1a368
 def match(
     path:str,        # a picture, or a folder of pictures
     *texts,          # what might be in them
@@ -77,23 +77,50 @@ def match(
     for p, row in zip(photos, probs):
         for t, v in zip(texts, row): print(f'{p.name}\t{v:.3f}\t{t}')
 
+# %% ../nbs/22_cli.ipynb #5ddbdaf1
 def priors(
     noun:str,          # what the class is, such as fox
-    out:str,           # folder
+    out:str=None,      # folder; without one, the cache keeps them
     n:int=100,         # how many to keep
     model:str=None,    # hub name or folder of a Stable Diffusion; without one, the bundled model
     seed:int=0,        # image i is a function of (seed, i)
-    threshold:float=0.,# least probability that an image shows the class; 0 keeps all
+    prompts:str=None,  # a text file with a prompt in each line; without one, the plain class
+    photos:str=None,   # photos of the subject: the class is drawn in their places, read off by the captioner
+    threshold:float=0.,# least probability that an image shows the class, up to 1; 0 keeps all
+    dedupe:float=None, # cosine of embeddings from which two images count as one, such as 0.995; without it, both stay
     steps:int=25,      # sampling steps
     guidance:float=4., # classifier-free guidance
+    batch:int=16,      # pictures at a time
+    check:bool=False,  # draw nothing: check the class images in --out
 ):
     "Draw class images with an untouched model."
+    from blipbooth.core import BoothError
     from blipbooth.matching import Matcher
-    from blipbooth.priors import make_priors
+    from blipbooth.priors import load_priors, make_priors
     from blipbooth.sampling import load_pipeline
-    print(make_priors(load_pipeline(model), noun, n, out, seed=seed, matcher=Matcher.from_pretrained() if threshold else None, threshold=threshold, steps=steps, guidance=guidance))
+    if check and not out: raise BoothError("--check without --out: name the folder to check")
+    matcher = Matcher.from_pretrained() if threshold or dedupe else None
+    if check: made = load_priors(out, noun, matcher, threshold, dedupe)
+    else: made = make_priors(load_pipeline(model), noun, n, out, seed, _class_prompts(noun, prompts, photos), matcher, threshold, dedupe, steps, guidance, batch)
+    print(f'{made}: {made.folder}')
+    print('\n'.join(f'{k.replace("_", " "):18}{v}' for k, v in made.summary().items()))
 
-# %% ../nbs/22_cli.ipynb #a1969efd
+# %% ../nbs/22_cli.ipynb #659ad774
+def _class_prompts(noun, prompts, photos):
+    "Prompts from a file, or from what the captioner reads in photos; None for the plain class."
+    from pathlib import Path
+    from blipbooth.captioning import Captioner
+    from blipbooth.core import BoothError
+    from blipbooth.priors import article, class_prompts
+    if prompts and photos: raise BoothError("--prompts and --photos both say what to draw; leave one out")
+    if photos: return class_prompts(noun, Captioner.from_pretrained()(photos, prompt=article(noun)))
+    if not prompts: return None
+    try: lines = [o.strip() for o in Path(prompts).expanduser().read_text().splitlines() if o.strip()]
+    except (OSError, UnicodeDecodeError) as e: raise BoothError(f"{prompts} cannot be read ({type(e).__name__}); give a text file with a prompt in each line") from None
+    if not lines: raise BoothError(f"{prompts} holds 0 prompts; write one in each line")
+    return lines
+
+# %% ../nbs/22_cli.ipynb #bc2ca372
 def train(
     *config,            # a YAML file, and key=value overrides such as photos=my_dog/ class_noun=dog lr=1e-5
     resume:str=None,    # run folder to go on with
@@ -117,7 +144,7 @@ def evaluate(
     "Measure a trained run; writes report.json and report.html."
     print(_opened(run).evaluate())
 
-# %% ../nbs/22_cli.ipynb #0e282449
+# %% ../nbs/22_cli.ipynb #307b20bd
 def _opened(run):
     from blipbooth.booth import Booth
     from blipbooth.core import BoothError
@@ -126,29 +153,62 @@ def _opened(run):
     if not (Path(run)/'config.yaml').is_file(): raise BoothError(f"{run} is no run folder: it has no config.yaml; give the folder a training run wrote")
     return Booth(config=DreamBoothConfig.load(Path(run)/'config.yaml'), out=run)
 
+# %% ../nbs/22_cli.ipynb #eb874c0d
 def sample(
-    prompt:str,        # such as "a {subject} on a purple background"
-    out:str='prints',  # folder for the pictures
-    run:str=None,      # run folder; {subject} in the prompt is then its subject
-    model:str=None,    # without a run: hub name or folder of a Stable Diffusion; without either, the bundled model
-    n:int=4,           # how many
-    steps:int=30,      # sampling steps
-    guidance:float=5., # classifier-free guidance
-    negative:str=None, # what should not be in the picture
-    seed:int=0,        # image i is a function of (seed, i)
-    scheduler:str=None,# such as ddim or dpm++2m; without one, the model's own
+    *prompt,            # one or more, such as "a {subject} on a purple background"; none with --like
+    out:str='prints',   # folder for the pictures
+    run:str=None,       # run folder; {subject} in the prompt is then its subject
+    model:str=None,     # without a run: hub name or folder of a Stable Diffusion; without either, the bundled model
+    like:str=None,      # a print to make again, from the recipe in it
+    n:int=4,            # how many of each prompt
+    steps:int=30,       # sampling steps
+    guidance:float=5.,  # classifier-free guidance
+    how:str='cfg',      # cfg, perp-neg or apg
+    schedule:str='constant', # guidance over the way: constant, linear or cosine
+    negative:str=None,  # what should not be in the picture
+    seed:int=0,         # image i is a function of (seed, i)
+    scheduler:str=None, # such as ddim or dpm++2m; without one, the model's own
+    init:str=None,      # a photo to start from
+    strength:float=None,# with --init: the share of the way that is printed; without it 0.8, with --mask 1
+    mask:str=None,      # with --init: white where to print, black where to keep the photo
+    long:bool=False,    # read prompts beyond the token limit in pieces
 ):
-    "Print pictures from a prompt."
-    from blipbooth.core import out_dir
+    "Print pictures from a prompt, or make a print again."
+    from blipbooth.core import BoothError, out_dir
+    from blipbooth.diffusion import Guidance
     from blipbooth.dreambooth import open_run
-    from blipbooth.sampling import load_pipeline, sample as run_sample
+    from blipbooth.sampling import load_pipeline, sample as run_sample, save_print
+    given = dict(n=n, steps=steps, guidance=guidance, how=how, schedule=schedule, negative=negative, seed=seed, scheduler=scheduler, strength=strength, long=long)
+    if like: recipe = _again(like, prompt, given, init, mask)
+    elif not prompt: raise BoothError('0 prompts; give at least one, such as "a fox on a red background", or a print with --like')
     pipe, cfg = open_run(run) if run else (load_pipeline(model), None)
-    if cfg: prompt = prompt.replace('{subject}', f'{cfg.token} {cfg.class_noun}')
+    if not like:
+        recipe = {k: v for k, v in given.items() if k not in ('how', 'schedule')}
+        recipe.update(prompt=list(prompt), guidance=Guidance(guidance, how, schedule), init=init, mask=mask, subject=f'{cfg.token} {cfg.class_noun}' if cfg else None)
     folder = out_dir(out)
-    for i, im in enumerate(run_sample(pipe, prompt, n, steps, guidance, negative, seed, scheduler)):
-        im.save(folder/f'{seed:04d}-{i:03d}.png')
-        print(folder/f'{seed:04d}-{i:03d}.png')
+    for i, im in enumerate(run_sample(pipe, **recipe)):
+        made = im.info['recipe']
+        print(save_print(im, folder/f"{made['seed']:04d}-{i if not like else made['index']:03d}.png"))
 
+# %% ../nbs/22_cli.ipynb #27dedb34
+def _again(like, prompt, given, init, mask):
+    "The arguments that make a print again; refuses what would make another one."
+    from blipbooth.core import BoothError
+    from blipbooth.images import load_image
+    from blipbooth.sampling import read_recipe
+    usual = inspect.signature(sample).parameters
+    other = [f'--{k}' for k, v in given.items() if v != usual[k].default]
+    if prompt or other: raise BoothError(f"--like makes a print again as it was; leave {', '.join([*(['the prompt'] if prompt else []), *other])} out")
+    recipe = read_recipe(like)
+    for name, path in dict(init=init, mask=mask).items():
+        want = recipe.get(name, {}).get('hash')
+        if bool(path) != bool(want): raise BoothError(f"{like} began {'with' if want else 'without'} a picture to {name}; {'give it with' if want else 'leave out'} --{name}")
+        if not path: continue
+        if (has := load_image(path).hash) != want: raise BoothError(f"{path} is not the picture that {like} began with ({has}, not {want}); give the same file")
+        recipe[name] = path
+    return recipe
+
+# %% ../nbs/22_cli.ipynb #fc11c138
 def export(
     run:str, # run folder
     out:str, # folder for the model
@@ -158,7 +218,7 @@ def export(
     export_pipeline(open_run(run)[0], out)
     print(out)
 
-# %% ../nbs/22_cli.ipynb #f2caaf6a
+# %% ../nbs/22_cli.ipynb #e32d1fae
 def doctor():
     "Say what is installed, where it would run, and whether the bundled models are whole."
     import platform
@@ -172,7 +232,7 @@ def doctor():
     print(f'device         {Settings.auto().device}')
     for k in ('captioner', 'matcher', 'diffusion'): print(f"{k:15}{'bundled' if any(bundled(k).rglob('*.safetensors')) else 'missing: install blipbooth again'}")
 
-# %% ../nbs/22_cli.ipynb #5976f81e
+# %% ../nbs/22_cli.ipynb #f42ae053
 VERBS = (demo, caption, match, priors, train, sample, evaluate, export, doctor)
 
 def parser(
@@ -193,7 +253,7 @@ def _usage():
     verbs = '\n'.join(f'  {f.__name__:10} {f.__doc__}' for f in VERBS)
     return f'usage: blipbooth VERB …\n\nA photo booth for diffusion models.\n\n{verbs}\n\nblipbooth VERB --help tells more.'
 
-# %% ../nbs/22_cli.ipynb #29aaeffa
+# %% ../nbs/22_cli.ipynb #47ec6d97
 def _call(f, argv):
     "Parse the arguments of a verb and call it."
     a = vars(parser(f).parse_intermixed_args(argv))
@@ -225,5 +285,5 @@ def main(
         print(f"blipbooth: {str(e) or 'stopped; the same command goes on where it left off'}", file=sys.stderr)
         raise SystemExit(130)
 
-# %% ../nbs/22_cli.ipynb #4a94d4cb
+# %% ../nbs/22_cli.ipynb #384b48bd
 if __name__ == '__main__' and '__file__' in globals(): main()  # as a script, not as a notebook
