@@ -47,7 +47,7 @@ def subject_fidelity(
     "How much the prints look like the photos: the paper's DINO and CLIP-I recipe, with the matcher's eyes."
     return _mean_cosine(_embed(matcher, prints, 'print'), _embed(matcher, photos, 'photo'))
 
-# %% ../nbs/14_evaluation.ipynb #72dd1ba9
+# %% ../nbs/14_evaluation.ipynb #eb46c3e0
 _idle = set('''a an the this that these those some its it his her their my your our is are was being and or with without of on in at by to from for as
     into onto over under above below behind beside between near next against around through across inside outside top front
     photo photograph picture image drawing print view background s'''.split())
@@ -59,7 +59,7 @@ def prompt_words(
     drop=(), # words that cannot be seen, such as the rare token: one or several
 )->list: # of words in lower case, each once
     "The words of a prompt that can be seen in a print."
-    if '{' in prompt: raise BoothError(f"prompt {prompt!r} still holds a placeholder; fill it in first, such as 'a sks fox on a purple background'")
+    if '{' in prompt: raise BoothError(f"prompt {prompt!r} still has a part to fill in; write it out first, such as 'a sks fox on a purple background'")
     gone = _idle.union(*map(_words, listify(drop)))
     return list(dict.fromkeys(o for o in _words(prompt) if o not in gone))
 
