@@ -6,8 +6,8 @@
 __all__ = ['alpha_sigma', 'add_noise', 'target', 'predict_x0', 'answer_for', 'snr', 'min_snr_weight', 'prior_loss', 'cfg',
            'rescale', 'scheduled', 'guided_steps', 'project', 'perp_neg', 'apg', 'Guidance']
 
-# %% ../nbs/07_diffusion.ipynb #19a47f5d
-import dataclasses, math
+# %% ../nbs/07_diffusion.ipynb #b5a3e8d2
+import dataclasses, math, sys
 from dataclasses import dataclass
 
 import torch
@@ -213,7 +213,7 @@ def apg(
     along, across = project(update, onto=cond)
     return cond + (_per_image(g, cond)-1)*(across + eta*along), carried
 
-# %% ../nbs/07_diffusion.ipynb #cc59f41d
+# %% ../nbs/07_diffusion.ipynb #cf37ffac
 _hows = 'cfg', 'perp-neg', 'apg'
 
 @dataclass(frozen=True, repr=False)
@@ -229,28 +229,33 @@ class Guidance:
     threshold: float = 15. # apg: r, the longest update; None for no limit
     eta: float = 0. # apg: η, how much of the part along the prompt's answer
     def __post_init__(self):
-        if self.interval is not None: object.__setattr__(self, 'interval', tuple(self.interval))
+        if hasattr(self.interval, '__iter__'): object.__setattr__(self, 'interval', tuple(self.interval))
         _check_guidance(self)
     def changes(self):
         "The parts that are not as usual, as a dict."
         return {o.name: v for o in dataclasses.fields(self) if (v := getattr(self, o.name)) != o.default}
     def __repr__(self): return f"Guidance({', '.join(f'{k}={v!r}' for k, v in {'g': self.g, **self.changes()}.items())})"
 
-# %% ../nbs/07_diffusion.ipynb #6d9598b9
+# %% ../nbs/07_diffusion.ipynb #70c72f2b
+def _within(x, low, high):
+    "Is `x` a number from `low` to `high`?"
+    try: return bool(low <= x <= high)
+    except (TypeError, ValueError, RuntimeError): return False
+
 def _check_guidance(o):
     "Refuse guidance that means nothing."
     _check_name('guidance', o.how, _hows)
     _check_name('guidance schedule', o.schedule, _schedules)
     for g in o.g if isinstance(o.g, (list, tuple)) else [o.g]:
-        if not 0 <= g < math.inf: raise BoothError(f"guidance is {g}; it must not be below 0, 1 turns it off and 5 to 8 is usual")
-    if not 0 <= o.rescale <= 1: raise BoothError(f"rescale is {o.rescale}; it must be from 0 to 1, 0.7 is usual")
-    if o.threshold is not None and not o.threshold > 0: raise BoothError(f"threshold is {o.threshold}; it must be above 0, 15 is usual, None turns it off")
+        if not _within(g, 0, sys.float_info.max): raise BoothError(f"guidance is {g}; it must not be below 0, 1 turns it off and 5 to 8 is usual")
+    if not _within(o.rescale, 0, 1): raise BoothError(f"rescale is {o.rescale}; it must be from 0 to 1, 0.7 is usual")
+    if o.threshold is not None and not _within(o.threshold, 1e-9, math.inf): raise BoothError(f"threshold is {o.threshold}; it must be above 0, 15 is usual, None turns it off")
     for name, most in dict(weight=math.inf, eta=1.).items():
-        if not 0 <= getattr(o, name) <= most: raise BoothError(f"{name} is {getattr(o, name)}; it must be from 0 to {most}")
-    if not -1 < o.momentum < 1: raise BoothError(f"momentum is {o.momentum}; it must be between -1 and 1, -0.5 is usual")
+        if not _within(getattr(o, name), 0, most): raise BoothError(f"{name} is {getattr(o, name)}; it must be from 0 to {most}")
+    if not _within(abs(o.momentum) if isinstance(o.momentum, (int, float)) else None, 0, 1 - 1e-9): raise BoothError(f"momentum is {o.momentum}; it must be between -1 and 1, -0.5 is usual")
     if o.interval is None: return
-    if len(o.interval) != 2 or not 0 <= o.interval[0] < o.interval[1] <= 1:
-        raise BoothError(f"interval is {tuple(o.interval)}; it must be (from, to) with 0 <= from < to <= 1, such as (0.2, 0.8)")
+    if not (isinstance(o.interval, tuple) and len(o.interval) == 2 and _within(o.interval[0], 0, 1) and _within(o.interval[1], 0, 1) and o.interval[0] < o.interval[1]):
+        raise BoothError(f"interval is {o.interval}; it must be (from, to) with 0 <= from < to <= 1, such as (0.2, 0.8)")
 
 # %% ../nbs/07_diffusion.ipynb #e35b250a
 @patch

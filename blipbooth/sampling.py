@@ -6,8 +6,8 @@
 __all__ = ['load_pipeline', 'tune', 'schedulers', 'make_scheduler', 'parse_weights', 'encode_prompts', 'fill', 'ask', 'predict',
            'denoise', 'decode', 'fingerprint', 'sample', 'Preview', 'live', 'save_print', 'read_recipe', 'sweep']
 
-# %% ../nbs/08_sampling.ipynb #e8c510d4
-import dataclasses, inspect, io, itertools, json, math, re, sys
+# %% ../nbs/08_sampling.ipynb #9256ed9a
+import dataclasses, inspect, io, itertools, json, math, numbers, re, sys
 from collections import namedtuple
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +16,7 @@ import diffusers, torch
 from PIL import Image, ImageDraw, PngImagePlugin
 from .core import BoothError, Settings, atomic_write, generator, load_json, nearest, progress, randn, resolve_model, weights_hash
 from .decoding import quiet_transformers
-from .diffusion import Guidance, alpha_sigma, answer_for, predict_x0
+from .diffusion import Guidance, alpha_sigma, answer_for, predict_x0, _check_name, _within
 from .images import Photo, _font, _gap, _paste, _wrap, fit, load_image, show_grid, to_tensor
 
 # %% ../nbs/08_sampling.ipynb #aa4d550e
@@ -94,16 +94,16 @@ def schedulers()->list: # names for `scheduler=`
     "The schedulers that can be asked for by name."
     return list(_schedulers)
 
-# %% ../nbs/08_sampling.ipynb #927124aa
+# %% ../nbs/08_sampling.ipynb #8ca9860d
 def make_scheduler(
     pipe, # the pipeline whose settings it takes over
     name=None, # one of `schedulers()`, a diffusers scheduler, or None for the pipeline's own kind
 ): # a fresh diffusers scheduler
     "A scheduler of its own for one printing; the pipeline's stays untouched."
     if name is None: name = pipe.scheduler
-    if not isinstance(name, str): return type(name).from_config(name.config)
+    if hasattr(name, 'config'): return type(name).from_config(name.config)
     if name not in _schedulers:
-        near = nearest(name, _schedulers)
+        near = nearest(str(name), _schedulers)
         raise BoothError(f"no scheduler {name!r}; {f'did you mean {near!r}? ' if near else ''}the choices are: {', '.join(_schedulers)}")
     kind, settings = _schedulers[name]
     return getattr(diffusers, kind).from_config(pipe.scheduler.config, **settings)
@@ -204,7 +204,7 @@ def _read(pipe, ids, mask, batch):
     return torch.cat([pipe.text_encoder(i.to(device), attention_mask=m.to(device) if masked else None)[0]
                       for i, m in zip(ids.split(batch), mask.split(batch))])
 
-# %% ../nbs/08_sampling.ipynb #a33742b7
+# %% ../nbs/08_sampling.ipynb #8c8d024d
 def fill(
     prompt:str, # a text, perhaps with `{subject}` in it
     subject:str=None, # what goes there, such as "sks dog"
@@ -212,7 +212,7 @@ def fill(
     "A prompt with its subject in place."
     if not isinstance(prompt, str) or '{subject}' not in prompt: return prompt
     if not subject: raise BoothError(f"the prompt {prompt!r} has a place for a subject, and there is none; give it, such as subject='sks dog'")
-    return prompt.replace('{subject}', subject)
+    return prompt.replace('{subject}', str(subject))
 
 # %% ../nbs/08_sampling.ipynb #d38441e6
 def ask(
@@ -333,11 +333,13 @@ def _noise(shape, jobs):
     first = torch.stack([randn(shape, 'sample', o.seed, o.index) for o in jobs])
     return first, [generator('sample steps', o.seed, o.index) for o in jobs]
 
-# %% ../nbs/08_sampling.ipynb #37f172ca
+# %% ../nbs/08_sampling.ipynb #9ce63be3
 def _guidance(x, interval, rescale):
     "Guidance from whatever was given for it: a number, a list, a name, a dict from a recipe, or Guidance itself."
     if isinstance(x, str): x = Guidance(how=x)
-    if isinstance(x, dict): x = Guidance(**x)
+    if isinstance(x, dict):
+        for k in x: _check_name('part of guidance', k, [o.name for o in dataclasses.fields(Guidance)])
+        x = Guidance(**x)
     if hasattr(x, 'tolist'): x = x.tolist()
     if not isinstance(x, Guidance): x = Guidance(list(x) if hasattr(x, '__len__') else x)
     changes = dict(interval=interval) if interval is not None else {}
@@ -350,13 +352,14 @@ def _doses(g, prompts, n):
     if len(g) == len(prompts)*n: return list(g)
     raise BoothError(f"{len(g)} values in guidance for {len(prompts)} prompts with {n} images each; give one, {len(prompts)} or {len(prompts)*n}")
 
-# %% ../nbs/08_sampling.ipynb #db05ba34
+# %% ../nbs/08_sampling.ipynb #f9d12fcd
 def _check_size(pipe, size):
     "Height and width in pixels; the size that the model was trained for if `size` is None."
     factor, own = pipe.vae_scale_factor, pipe.unet.config.sample_size
     if size is None: size = [o*factor for o in ((own, own) if isinstance(own, int) else own)]
-    h, w = size if hasattr(size, '__len__') else (size, size)
-    unit = factor * 2**(len(pipe.unet.config.block_out_channels)-1)
+    unit, pair = factor * 2**(len(pipe.unet.config.block_out_channels)-1), tuple(size) if hasattr(size, '__len__') else (size, size)
+    if len(pair) != 2 or not all(isinstance(o, numbers.Real) for o in pair): raise BoothError(f"size is {size!r}; it must be one number, or (height, width), in multiples of {unit}")
+    h, w = pair
     if any(o < unit or o % unit for o in (h, w)):
         near = ' × '.join(str(max(unit, round(o/unit)*unit)) for o in (h, w))
         raise BoothError(f"size {h} × {w} does not fit this model; both sides must be multiples of {unit}, such as {near}")
@@ -366,16 +369,19 @@ def _check_steps(scheduler, steps, strength=None):
     "How many stops the scheduler makes of `steps`, or of the share of them that `strength` leaves."
     limit = scheduler.config.num_train_timesteps
     if type(scheduler).__name__ == 'LCMScheduler': limit = min(limit, scheduler.config.original_inference_steps)
-    if not 1 <= steps <= limit: raise BoothError(f"steps is {steps}; {type(scheduler).__name__} takes 1 to {limit}, 20 to 50 is usual")
+    if not isinstance(steps, numbers.Integral) or not 1 <= steps <= limit: raise BoothError(f"steps is {steps}; {type(scheduler).__name__} takes 1 to {limit}, 20 to 50 is usual")
     scheduler.set_timesteps(steps)
     return len(scheduler.timesteps) - (0 if strength is None else _skipped(scheduler, steps, strength))
 
-# %% ../nbs/08_sampling.ipynb #6f949041
+# %% ../nbs/08_sampling.ipynb #d1668c04
 def _check_numbers(n, batch, index):
     "Refuse what cannot be counted."
-    if n < 1: raise BoothError(f"n is {n}; print at least 1 image")
-    if batch is not None and batch < 1: raise BoothError(f"batch is {batch}; it must be at least 1, or None")
-    if index < 0: raise BoothError(f"index is {index}; images are counted from 0")
+    _check_whole('n', n, 1, "print at least 1 image")
+    if batch is not None: _check_whole('batch', batch, 1, "it must be at least 1, or None")
+    _check_whole('index', index, 0, "images are counted from 0")
+
+def _check_whole(name, x, least, hint):
+    if not isinstance(x, numbers.Integral) or x < least: raise BoothError(f"{name} is {x!r}; {hint}")
 
 def _check_strength(steps, strength, init, mask):
     "The share of the way that is left, where a print begins with a photo."
@@ -384,7 +390,7 @@ def _check_strength(steps, strength, init, mask):
         if strength is not None: raise BoothError(f"strength is {strength}, and there is no photo to start from; give one with init=")
         return None
     strength = (0.8 if mask is None else 1.) if strength is None else strength
-    if not 0 < strength <= 1: raise BoothError(f"strength is {strength}; it must be above 0 and at most 1, 0.8 is usual")
+    if not _within(strength, 1e-9, 1): raise BoothError(f"strength is {strength}; it must be above 0 and at most 1, 0.8 is usual")
     if int(steps*strength) < 1: raise BoothError(f"strength {strength} of {steps} steps leaves none; make it at least {math.ceil(100/steps)/100}")
     return strength
 
@@ -551,7 +557,7 @@ def _check_model(pipe, model):
     if model not in (None, mark): raise BoothError(f"the print was made by the model {model}, and this one is {mark}; load the other model, or leave model= out to print with this one")
     return mark
 
-# %% ../nbs/08_sampling.ipynb #69a56099
+# %% ../nbs/08_sampling.ipynb #7df69808
 def sample(
     pipe, # diffusers.StableDiffusionPipeline, or what `load_pipeline` takes
     prompt, # a text, or a list of texts; with `{subject}` and weights such as `(word:1.3)`
@@ -579,6 +585,7 @@ def sample(
     "Print a prompt, or several, with classifier-free guidance."
     if isinstance(pipe, (str, Path, type(None))): pipe = load_pipeline(pipe)
     _check_numbers(n, batch, index)
+    if callback is not None and not callable(callback): raise BoothError(f"callback is {callback!r}; it must be a function (step, total, latents)")
     guidance, strength = _guidance(guidance, interval, rescale), _check_strength(steps, strength, init, mask)
     jobs = _jobs(pipe, prompt, negative, subject, seed, n, index, guidance, init, mask, long)
     size, own = _check_size(pipe, size), _own_scheduler(pipe, scheduler)
@@ -589,14 +596,15 @@ def sample(
     if return_latents: return prints
     return _signed(prints, jobs, guidance, scheduler, steps=steps, size=list(size), strength=strength, model=model, long=long, restore_mean=restore_mean)
 
-# %% ../nbs/08_sampling.ipynb #c33128ab
+# %% ../nbs/08_sampling.ipynb #14a8b2de
 def _jobs(pipe, prompt, negative, subject, seed, n, index, guidance, init, mask, long):
     "Every image to print, checked."
-    prompts = [fill(o, subject) for o in ([prompt] if prompt is None or isinstance(prompt, str) else prompt)]
+    prompts = [fill(o, subject) for o in ([prompt] if isinstance(prompt, str) or not hasattr(prompt, '__iter__') else prompt)]
     negatives = [fill(o, subject) for o in _each(negative or '', prompts, 'negative')]
     for o, empty in (prompts, False), (negatives, True): _check_prompts(pipe, o, empty, long)
-    doses = _doses(guidance.g, prompts, max(n, 1))
-    rows = list(zip(prompts, negatives, _each(seed, prompts, 'seed'), _pictures(init, prompts, 'init'), _pictures(mask, prompts, 'mask')))
+    doses, seeds = _doses(guidance.g, prompts, n), _each(seed, prompts, 'seed')
+    for o in seeds: _check_whole('seed', o, -math.inf, "it must be a whole number")
+    rows = list(zip(prompts, negatives, seeds, _pictures(init, prompts, 'init'), _pictures(mask, prompts, 'mask')))
     return [_Job(p, q, s, index+i, doses[k*n+i], x, m) for k, (p, q, s, x, m) in enumerate(rows) for i in range(n)]
 
 # %% ../nbs/08_sampling.ipynb #16cada83
@@ -622,7 +630,7 @@ def live(): # for `show`: a function that shows a picture in one place of the no
     place = display(Image.new('RGB', (8, 8), 'white'), display_id=True)
     return place.update if place else lambda image: None
 
-# %% ../nbs/08_sampling.ipynb #e0f2fb56
+# %% ../nbs/08_sampling.ipynb #c5c70983
 def save_print(
     image, # a print from `sample`
     path, # where to; a PNG, which loses nothing
@@ -646,6 +654,8 @@ def read_recipe(
     except ValueError: recipe = None
     if not isinstance(recipe, dict) or 'prompt' not in recipe:
         raise BoothError(f"{path} holds no recipe; it was not saved by save_print, or another program has dropped its notes")
+    unknown = [k for k in recipe if k not in inspect.signature(sample).parameters or k in ('pipe', 'n', 'batch', 'callback', 'return_latents')]
+    if unknown: raise BoothError(f"the recipe in {path} has {unknown[0]!r}, which is nothing that a print is made from here; another version has written it")
     return recipe
 
 # %% ../nbs/08_sampling.ipynb #2e99c3bd
