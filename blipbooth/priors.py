@@ -6,7 +6,7 @@
 __all__ = ['Priors', 'article', 'place', 'class_prompts', 'decide', 'load_priors', 'make_priors', 'on_the_fly',
            'prior_prediction']
 
-# %% ../nbs/09_priors.ipynb #3e6ef555
+# %% ../nbs/09_priors.ipynb #e5978d39
 import base64, itertools, json, math, os, time
 from collections import Counter
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ from fastcore.basics import patch
 from filelock import FileLock, Timeout
 from .core import (BoothError, append_jsonl, atomic_write, file_hash, generator, load_json, out_dir, progress, randn, read_jsonl, save_json,
     stateless_seed, weights_hash)
-from .diffusion import Guidance, add_noise, alpha_sigma, answer_for, predict_x0
+from .diffusion import Guidance, add_noise, alpha_sigma, answer_for, predict_x0, _check_name, _within
 from .images import load_image, load_images, show_grid, to_tensor
-from .sampling import (_check_prompts, _check_size, _check_steps, _guidance, _inference, _own_scheduler, _token_limit, encode_prompts, fingerprint,
-    sample, save_print)
+from .sampling import (_check_prompts, _check_size, _check_steps, _check_whole, _guidance, _inference, _own_scheduler, _token_limit, encode_prompts, fill,
+    fingerprint, sample, save_print)
 
 # %% ../nbs/09_priors.ipynb #585506f7
 @dataclass(repr=False)
@@ -64,7 +64,7 @@ def place(
     start = next((i for i, w in enumerate(words) if i and w in _places), len(words))
     return ' '.join(words[start:])
 
-# %% ../nbs/09_priors.ipynb #ca605b81
+# %% ../nbs/09_priors.ipynb #2709f400
 def class_prompts(
     class_noun:str, # what the subject is, such as "fox"
     captions=(),    # captions of the subject's photos: their places are used for the class, too
@@ -73,7 +73,7 @@ def class_prompts(
     "Prompts for class images: each template in each of the photos' places."
     bad = [t for t in templates if '{class}' not in t and '{noun}' not in t]
     if bad or not templates: raise BoothError(f"the template {bad[0] if bad else ''!r} names no class; write it with {{class}}, such as 'a photo of {{class}}'")
-    if not class_noun.strip(): raise BoothError("the class noun is empty; say what the subject is, such as fox")
+    if not str(class_noun or '').strip(): raise BoothError("the class noun is empty; say what the subject is, such as fox")
     said = [t.replace('{class}', article(class_noun)).replace('{noun}', class_noun) for t in templates]
     places = [p for p in dict.fromkeys(map(place, captions)) if p]
     return list(dict.fromkeys(f'{s} {p}' for p in places for s in said)) if places else said
@@ -120,7 +120,7 @@ def _looks(matcher, images, class_noun):
     if matcher is None: return [None]*len(images), [None]*len(images)
     return matcher.match(images, [article(class_noun)])[:, 0].tolist(), [_packed(v) for v in matcher.embed_images(images)]
 
-# %% ../nbs/09_priors.ipynb #959f6875
+# %% ../nbs/09_priors.ipynb #f5df18d3
 _fields = 'index', 'prompt', 'kept', 'file', 'hash'
 
 def _checked(folder, records):
@@ -135,6 +135,7 @@ def _checked(folder, records):
         if file_hash(f) != r['hash']: raise BoothError(f"class image {f} is not the one its manifest describes; remove {folder} and make the priors again")
     return Priors(folder, records)
 
+# %% ../nbs/09_priors.ipynb #3d302466
 def load_priors(
     folder,              # folder of class images, with a manifest or without
     class_noun:str=None, # for a folder without a manifest: what its pictures show
@@ -143,13 +144,14 @@ def load_priors(
     dedupe:float=.995,   # cosine from which two pictures count as one; None keeps both
 ) -> Priors:
     "Read class images back, checked against their manifest."
+    _check_choice(threshold, dedupe)
     folder = Path(folder).expanduser()
     if not folder.is_dir(): raise BoothError(f"there is no folder of class images {folder}; check the path")
     records = read_jsonl(folder/'manifest.jsonl')
     if not records and (folder/'settings.json').exists(): raise BoothError(f"the class images in {folder} are not finished; make them again with the same settings, and they go on")
     return _checked(folder, records or _adopted(folder, class_noun, matcher, threshold, dedupe))
 
-# %% ../nbs/09_priors.ipynb #1cc6aa31
+# %% ../nbs/09_priors.ipynb #079a2f58
 def _settings(pipe, class_noun, seed, prompts, matcher, threshold, dedupe, how):
     "What has to be equal for a folder to be gone on with, as plain values."
     judge = matcher and dict(model=weights_hash(matcher.model.named_parameters()), threshold=threshold, dedupe=dedupe)
@@ -172,7 +174,7 @@ def _owned(folder, settings):
     if differ: raise BoothError(f"{folder} holds class images made with another {', '.join(differ)}; choose another folder or remove it")
     return folder
 
-# %% ../nbs/09_priors.ipynb #4e7c411f
+# %% ../nbs/09_priors.ipynb #c551bb61
 @dataclass
 class _Work:
     "A folder of class images in the making."
@@ -184,27 +186,30 @@ class _Work:
     def tries(self): return self.folder/'tries'
     def lock(self, name='log', timeout=-1): return FileLock(str(self.tries/f'.{name}.lock'), timeout=timeout)
     def drawn(self): return {r['index']: r for r in read_jsonl(self.tries/'log.jsonl')}
-
-    def claim(self): # (lock, tries) of a block that nobody else draws; (None, []) where there is none
-        "Take the first block that is free."
-        for b in range(math.ceil(self.cap/self.batch)):
-            block = range(b*self.batch, min((b+1)*self.batch, self.cap))
-            lock = self.lock(f'{self.batch}-{b:05d}', 0)
-            if self.whole(block): continue
-            try: lock.acquire()
-            except Timeout: continue
-            if not self.whole(block): return lock, block # all of it, so that the same pictures share a batch
-            lock.release()
-        return None, []
-
-    def done(self): # the first n of a finished set, without a look at its tries
-        records = read_jsonl(self.folder/'manifest.jsonl')
-        kept = list(itertools.accumulate(r.get('kept', False) for r in records))
-        return _checked(self.folder, records[:kept.index(self.n) + 1]) if self.n in kept else None
-
     def whole(self, block): return self.drawn().keys() >= set(block)
 
-# %% ../nbs/09_priors.ipynb #2e3777f6
+# %% ../nbs/09_priors.ipynb #f4f00250
+@patch
+def claim(self:_Work): # (lock, tries) of a block that nobody else draws; (None, []) where there is none
+    "Take the first block that is free."
+    for b in range(math.ceil(self.cap/self.batch)):
+        block = range(b*self.batch, min((b+1)*self.batch, self.cap))
+        lock = self.lock(f'{self.batch}-{b:05d}', 0)
+        if self.whole(block): continue
+        try: lock.acquire()
+        except Timeout: continue
+        if not self.whole(block): return lock, block # all of it, so that the same pictures share a batch
+        lock.release()
+    return None, []
+
+@patch
+def done(self:_Work): # Priors, or None
+    "The first n of a finished set, without a look at its tries."
+    records = _checked(self.folder, read_jsonl(self.folder/'manifest.jsonl')).records
+    kept = list(itertools.accumulate(r['kept'] for r in records))
+    return Priors(self.folder, records[:kept.index(self.n) + 1]) if self.n in kept else None
+
+# %% ../nbs/09_priors.ipynb #81f2d144
 @patch
 def draw(self:_Work, pipe, matcher, todo, class_noun, seed, prompts, how):
     "Draw some tries, look at them, and log them."
@@ -231,7 +236,7 @@ def finish(self:_Work, records):
         for f in self.tries.glob('.*-*.lock'): f.unlink(missing_ok=True)
     return _checked(self.folder, records)
 
-# %% ../nbs/09_priors.ipynb #2af07f8e
+# %% ../nbs/09_priors.ipynb #1ab0cf36
 def make_priors(
     pipe,                # the untouched StableDiffusionPipeline
     class_noun:str,      # what the subject is
@@ -251,7 +256,7 @@ def make_priors(
     "Draw class images, keep the good ones, log them all; an interrupted call goes on."
     prompts = [prompts] if isinstance(prompts, str) else list(prompts or class_prompts(class_noun))
     how = dict(how, steps=steps, guidance=guidance)
-    _check(pipe, n, prompts, threshold, dedupe, batch, tries, how)
+    _check(pipe, n, seed, prompts, threshold, dedupe, batch, tries, how)
     settings = _settings(pipe, class_noun, seed, prompts, matcher, threshold, dedupe, how)
     work = _Work(_owned(out_dir(out or _cache(settings)), settings), n, tries*n if matcher else n, batch)
     if done := work.done(): return done
@@ -269,18 +274,25 @@ def make_priors(
                 try: work.draw(pipe, matcher, todo, class_noun, seed, prompts, how)
                 finally: lock.release()
 
-# %% ../nbs/09_priors.ipynb #d3ca49c7
-def _check(pipe, n, prompts, threshold, dedupe, batch, tries, how):
+# %% ../nbs/09_priors.ipynb #e9f38bf2
+_options = 'steps guidance negative scheduler size interval rescale long restore_mean'.split()
+
+def _check(pipe, n, seed, prompts, threshold, dedupe, batch, tries, how):
     "Refuse what cannot be drawn, before a folder is made."
-    if n < 1: raise BoothError(f"{n} class images; at least 1 is needed, or train without prior preservation (prior.weight=0)")
-    if not 0 <= threshold <= 1: raise BoothError(f"threshold is {threshold}; it is a probability, from 0 to 1")
-    if dedupe is not None and not 0 < dedupe <= 1: raise BoothError(f"dedupe is {dedupe}; it is a cosine, above 0 and at most 1, and None keeps all")
-    if batch < 1: raise BoothError(f"batch is {batch}; it must be at least 1")
-    if tries < 1: raise BoothError(f"tries is {tries}; at least 1 picture has to be drawn for each that is kept")
-    _check_prompts(pipe, prompts, long=how.get('long', False))
+    _check_whole('n', n, 1, "at least 1 class image is needed, or train without prior preservation (prior.weight=0)")
+    _check_whole('batch', batch, 1, "it must be at least 1")
+    _check_whole('tries', tries, 1, "at least 1 picture has to be drawn for each that is kept")
+    _check_whole('seed', seed, -math.inf, "it must be a whole number")
+    _check_choice(threshold, dedupe)
+    for k in how: _check_name('option for class images', k, _options)
+    _check_prompts(pipe, [fill(o) for o in prompts], long=how.get('long', False))
     _guidance(how['guidance'], how.get('interval'), how.get('rescale', 0.))
     _check_steps(_own_scheduler(pipe, how.get('scheduler')), how['steps'])
     _check_size(pipe, how.get('size'))
+
+def _check_choice(threshold, dedupe):
+    if threshold is not None and not _within(threshold, 0, 1): raise BoothError(f"threshold is {threshold}; it is a probability, from 0 to 1")
+    if dedupe is not None and not _within(dedupe, 1e-9, 1): raise BoothError(f"dedupe is {dedupe}; it is a cosine, above 0 and at most 1, and None keeps all")
 
 def _give_up(work, records, threshold, class_noun):
     refused = [r for r in records if not r['kept']]
@@ -288,7 +300,7 @@ def _give_up(work, records, threshold, class_noun):
     raise BoothError(f"only {len(records) - len(refused)} of {work.n} class images were kept in {len(records)} tries at {article(class_noun)} (threshold {threshold}; "
                      f"the best rejected: {best['why']}, {work.folder/best['file']}); lower the threshold, raise tries, or check the class noun")
 
-# %% ../nbs/09_priors.ipynb #581f2824
+# %% ../nbs/09_priors.ipynb #00e5bd8e
 class _ClassHalf:
     "A training set whose class samples are made when they are asked for; as a callback, it puts itself in place."
     order = 5
@@ -312,7 +324,7 @@ class _ClassHalf:
     def untouched(self):
         if fingerprint(self.pipe) != self.mark: raise BoothError("the model that draws class images has changed since; give one of its own, such as load_pipeline()")
 
-# %% ../nbs/09_priors.ipynb #9abb6596
+# %% ../nbs/09_priors.ipynb #eec8ae94
 @patch
 def batch(self:_ClassHalf,
     start:int, # number of the first sample
@@ -336,7 +348,7 @@ def more(self:_ClassHalf, ks, b, which, silent=False):
         extra[name] = torch.zeros_like(draw) if silent else draw
     return extra
 
-# %% ../nbs/09_priors.ipynb #9ea1aa2c
+# %% ../nbs/09_priors.ipynb #5506e310
 class on_the_fly(_ClassHalf):
     "Class images drawn while a model trains; a callback for `Learner`."
     def __init__(self,
@@ -361,7 +373,7 @@ class on_the_fly(_ClassHalf):
     @property
     def images(self): return [self.drawn[i][0] for i in sorted(self.drawn)]
 
-# %% ../nbs/09_priors.ipynb #179bc5d0
+# %% ../nbs/09_priors.ipynb #35e3d9f8
 @patch
 def posterior(self:on_the_fly, i):
     "Mean and standard deviation of picture i's latents (4, h, w); drawn where it is new."
@@ -384,7 +396,7 @@ def half(self:on_the_fly, ks, b):
                            for (mean, std), g in zip(map(self.posterior, which), gens)])
     return dict(latents=torch.stack(latents), noise=torch.stack(noise), t=t, **self.more(ks, b, [i % len(self.prompts) for i in which]))
 
-# %% ../nbs/09_priors.ipynb #117ce960
+# %% ../nbs/09_priors.ipynb #74475d1b
 class prior_prediction(_ClassHalf):
     "The frozen model's own answers in the place of class images; a callback for `Learner`."
     def __init__(self,
