@@ -6,8 +6,8 @@
 __all__ = ['LossLog', 'Progress', 'NaNGuard', 'save_checkpoint', 'whole', 'load_weights', 'load_checkpoint', 'Checkpoints',
            'Interrupts']
 
-# %% ../nbs/12_callbacks.ipynb #6d17e518
-import json, math, platform, shutil, signal, threading
+# %% ../nbs/12_callbacks.ipynb #920b49ed
+import json, math, os, shutil, signal, threading
 from pathlib import Path
 import torch
 from fastcore.basics import patch
@@ -65,7 +65,7 @@ class NaNGuard(Callback):
         last = next((c.last() for c in self.learn.cbs if isinstance(c, Checkpoints)), None)
         raise BoothError(f"the {what} at step {self.learn.step + 1} is {value}; lower lr or use float32 (last good checkpoint: {last or 'none'})")
 
-# %% ../nbs/12_callbacks.ipynb #588d2ff9
+# %% ../nbs/12_callbacks.ipynb #9ad7cd32
 def _trainable(model): return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
 def _split(tensors): # {"unet.conv.weight": …} -> {"unet": {"conv.weight": …}}: one file a part
@@ -78,7 +78,7 @@ def save_checkpoint(
     folder,     # where to, whole or not at all
     info=None,  # what else to keep, such as the config's hash
 ):
-    "Write trained weights, optimizer and scheduler to a folder."
+    "Write trained weights, optimizer, scheduler and loss scaler to a folder."
     names = {p: n for n, p in _trainable(learn.model).items()}
     inner = getattr(learn.opt, 'optimizer', learn.opt)
     moments = {f'{k}/{names[p]}': v for p, s in inner.state.items() for k, v in s.items() if torch.is_tensor(v)}
@@ -86,8 +86,9 @@ def save_checkpoint(
     with atomic_dir(folder) as tmp:
         for part, ps in _split(_trainable(learn.model)).items(): save_file(cpu(ps), tmp/f'{part}.safetensors')
         save_file(cpu(moments), tmp/'optimizer.safetensors')
-        state = dict(step=learn.step, sched=learn.sched.state_dict() if learn.sched else None, lr=[g['lr'] for g in inner.param_groups], info=info or {},
-                     sums={f.name: file_hash(f) for f in sorted(tmp.glob('*.safetensors'))})
+        scaler = learn.accelerator.scaler
+        state = dict(step=learn.step, sched=learn.sched.state_dict() if learn.sched else None, scaler=scaler.state_dict() if scaler else None,
+                     lr=[g['lr'] for g in inner.param_groups], info=info or {}, sums={f.name: file_hash(f) for f in sorted(tmp.glob('*.safetensors'))})
         save_json(tmp/'state.json', state)
 
 # %% ../nbs/12_callbacks.ipynb #2c680a98
@@ -113,23 +114,23 @@ def load_weights(
             if f'{f.stem}.{n}' not in own: raise BoothError(f"the checkpoint {folder} trains {f.stem}.{n}, which this model does not have; use the config it was made with")
             own[f'{f.stem}.{n}'].copy_(v)
 
-# %% ../nbs/12_callbacks.ipynb #ccc7f5e6
+# %% ../nbs/12_callbacks.ipynb #134fabf7
 def load_checkpoint(
     learn,  # a Learner, made as the one that was saved
     folder, # a checkpoint folder
 ):
-    "Continue from a checkpoint: weights, optimizer, scheduler and step."
+    "Continue from a checkpoint: weights, optimizer, scheduler, loss scaler and step."
     load_weights(learn.model, folder)
-    state, inner = load_json(Path(folder)/'state.json'), getattr(learn.opt, 'optimizer', learn.opt)
+    state, inner, own = load_json(Path(folder)/'state.json'), getattr(learn.opt, 'optimizer', learn.opt), dict(learn.model.named_parameters())
     for key, v in load_file(Path(folder)/'optimizer.safetensors').items():
         k, _, n = key.partition('/')
-        p = dict(learn.model.named_parameters())[n]
-        inner.state[p][k] = v if k == 'step' else v.to(p.device)
-    for g, lr in zip(inner.param_groups, state['lr']): g['lr'] = lr
+        inner.state[own[n]][k] = v if k == 'step' else v.to(own[n].device)
+    for g, lr in zip(inner.param_groups, state['lr'], strict=True): g['lr'] = lr
     if learn.sched: learn.sched.load_state_dict(state['sched'])
+    if learn.accelerator.scaler and state.get('scaler'): learn.accelerator.scaler.load_state_dict(state['scaler'])
     learn.step = state['step']
 
-# %% ../nbs/12_callbacks.ipynb #97310ec4
+# %% ../nbs/12_callbacks.ipynb #3f762980
 class Checkpoints(Callback):
     "Saves and resumes."
     order = 30
@@ -146,20 +147,43 @@ class Checkpoints(Callback):
     def last(self): return next((f for f in reversed(self.found()) if whole(f)), None)
 
     def save(self):
-        if self.learn.accelerator.is_main_process:
-            save_checkpoint(self.learn, self.folder/f'step-{self.learn.step:06d}', self.info)
-            for f in self.found()[:-self.keep]: shutil.rmtree(f)
+        "Write this step's checkpoint, then let go of the oldest up to it; a damaged one beyond it counts for nothing."
+        if not self.learn.accelerator.is_main_process: return
+        now = self.folder/f'step-{self.learn.step:06d}'
+        save_checkpoint(self.learn, now, self.info)
+        for f in [f for f in self.found() if f <= now][:-self.keep]: shutil.rmtree(f)
 
-# %% ../nbs/12_callbacks.ipynb #3927147e
+# %% ../nbs/12_callbacks.ipynb #80edd9b2
+@patch
+def lock(self:Checkpoints):
+    "Keep a second run out of the folder for as long as this one is at work."
+    if not self.learn.accelerator.is_main_process: return
+    try: import fcntl
+    except ImportError: return  # a system without locks goes without
+    self.folder.mkdir(parents=True, exist_ok=True)
+    self.held = os.open(self.folder, os.O_RDONLY)
+    try: fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        self.cleanup()
+        raise BoothError(f"another run is at work in {self.folder}; wait for it, or choose another folder") from None
+    except OSError: self.cleanup()  # and so does a file system without them
+
+@patch
+def cleanup(self:Checkpoints):
+    if getattr(self, 'held', None) is not None: os.close(self.held)
+    self.held = None
+
+# %% ../nbs/12_callbacks.ipynb #5376eee0
 @patch
 def restore(self:Checkpoints):
-    if not self.resume: return
-    last = self.last()
+    found, last = self.found(), self.last()
+    if found and not self.resume: raise BoothError(f"{self.folder} holds a run already ({found[-1].name}); resume it, or choose another folder")
+    self.lock()
     if last is None: return
-    for f in self.found():
+    for f in found:
         if f > last: print(f'{f.name} is damaged; going on from {last.name}')
-    old = load_json(last/'state.json')['info']
-    differ = [f'{k}: {old.get(k)!r} was, {v!r} is' for k, v in self.info.items() if old.get(k) != v]
+    old, new = load_json(last/'state.json')['info'], json.loads(json.dumps(self.info))
+    differ = [f'{k}: {old.get(k)!r} was, {new.get(k)!r} is' for k in {**old, **new} if old.get(k) != new.get(k)]
     if differ: raise BoothError(f"{last} belongs to another run ({'; '.join(differ)}); give this one a folder of its own")
     load_checkpoint(self.learn, last)
 
@@ -170,7 +194,7 @@ def after_step(self:Checkpoints):
 @patch
 def after_fit(self:Checkpoints): self.save()
 
-# %% ../nbs/12_callbacks.ipynb #1da91dbe
+# %% ../nbs/12_callbacks.ipynb #1d8d6795
 class Interrupts(Callback):
     "Turns the first SIGINT or SIGTERM into a save and a clean end."
     order = 40
