@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/40_all.ipynb #c833bb8e
+# %% ../nbs/40_all.ipynb #2624d127
 from .core import *
 from .images import *
 from .decoding import *
@@ -20,6 +20,7 @@ from .callbacks import *
 from .dreambooth import *
 from .evaluation import *
 from .finetuning import *
+from .exporting import *
 from .booth import *
 from . import emoji
 

@@ -5,25 +5,25 @@
 # %% auto #0
 __all__ = ['Booth', 'demo']
 
-# %% ../nbs/20_booth.ipynb #e9230b9a
-import dataclasses, json, time
+# %% ../nbs/20_booth.ipynb #684450d1
+import dataclasses, json, os, time
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from fastcore.basics import patch
 from fastcore.foundation import L
-from .callbacks import Checkpoints
+from .callbacks import Best, Checkpoints
 from .captioning import Captioner
-from .concept import Concept, check_name, personalise
+from .concept import Concept, check_name, read_captions
 from .core import BoothError, Settings, atomic_write, load_json, out_dir, read_jsonl, save_json
-from .dreambooth import DreamBoothConfig, build_learner, open_run, resolution
-from .evaluation import Report, measure, recipe
+from .dreambooth import DreamBoothConfig, build_learner, check_photos, estimate, load_concepts, open_run, resolution
+from .evaluation import Report, measure, prompt_fidelity, recipe, subject_fidelity
 from .images import contact_sheet, load_images
 from .matching import Matcher
 from .priors import article, class_prompts, load_priors, make_priors as draw_priors
 from .sampling import load_pipeline, sample
 
-# %% ../nbs/20_booth.ipynb #ab3917cd
+# %% ../nbs/20_booth.ipynb #b957422d
 class Booth:
     "A session: one subject, one run folder."
     def __init__(self,
@@ -35,13 +35,15 @@ class Booth:
         device:str=None,      # cuda, mps or cpu; None: the best there is
     ):
         c = config = dataclasses.replace(config or DreamBoothConfig())
+        if c.concepts and photos is None: c.photos, c.token, c.class_noun = c.concepts[0].photos, c.concepts[0].token, c.concepts[0].class_noun
         c.token, c.class_noun = token or c.token, class_noun or c.class_noun
         if not c.class_noun: raise BoothError('no class noun; say what the subject is, such as class_noun=fox')
         if photos is None and not c.photos: raise BoothError('no photos; name a folder with three to five photos of the subject')
         self.photos = load_images(c.photos if photos is None else photos)
-        if len(self.photos) < c.min_photos: raise BoothError(f'{len(self.photos)} photo of the subject; {c.min_photos} to 5 are needed, add more (or pass min_photos=1)')
-        if isinstance(photos, (str, Path)): c.photos = str(photos)
-        self.cfg, self.device, self.seconds = config, Settings.auto(device).device, {}
+        check_photos(c, self.photos)
+        c.photos = str(photos) if isinstance(photos, (str, Path)) else c.photos if photos is None else ''
+        own = f"cuda:{os.environ['LOCAL_RANK']}" if device is None and 'LOCAL_RANK' in os.environ and Settings.auto().device == 'cuda' else device  # a GPU a process
+        self.cfg, self.device, self.seconds = config, Settings.auto(own).device, {}
         check_name(self.pipe.tokenizer, c.token, c.class_noun)
         resolution(c, self.pipe)
         c.out = str(out or c.out or Path('runs')/c.class_noun.replace(' ', '-'))
@@ -57,17 +59,25 @@ class Booth:
     def subject(self): return f'{self.cfg.token} {self.cfg.class_noun}'
     def __repr__(self): return f'Booth({self.subject!r}, {len(self.photos)} photos, {self.out.name}/)'
 
-# %% ../nbs/20_booth.ipynb #9ada9c04
+# %% ../nbs/20_booth.ipynb #8c9d6509
+@patch
+def keep_photos(self:Booth) -> str: # the folder
+    "Write the photos into the run folder."
+    folder = out_dir(self.out/'photos')
+    for i, p in enumerate(self.photos): p.image.save(folder/f'{i:02d}.png')
+    return str(folder)
+
 @contextmanager
 def _stage(booth, name):
     "Time a stage, and keep the run's configuration beside its results."
+    if not booth.cfg.photos: booth.cfg.photos = booth.keep_photos()
     booth.cfg.save(booth.out/'config.yaml')
     save_json(booth.out/'photos.json', [dict(name=p.name, path=p.path, hash=p.hash, size=p.size) for p in booth.photos])
     start = time.perf_counter()
     yield
     booth.seconds[name] = round(booth.seconds.get(name, 0) + time.perf_counter() - start, 2)
 
-# %% ../nbs/20_booth.ipynb #3f16b85d
+# %% ../nbs/20_booth.ipynb #48bc4eac
 @patch
 def caption(self:Booth) -> L: # of Caption
     "Caption the photos, or read the captions that are there."
@@ -80,39 +90,91 @@ def caption(self:Booth) -> L: # of Caption
 
 @patch(as_prop=True)
 def train_captions(self:Booth): # list of texts, with the subject's name
-    return [personalise(c.text, self.cfg.token, self.cfg.class_noun) for c in self.captions]
+    read = lambda photos, prompt: [c.text for c in self.captions]
+    how = dict(captioner=read, sidecars='sidecars', template=None)[self.cfg.captions]
+    return read_captions(self.photos, self.cfg.token, self.cfg.class_noun, how, self.cfg.template)
 
-# %% ../nbs/20_booth.ipynb #6e85c21e
+# %% ../nbs/20_booth.ipynb #ed3198ba
 @patch
 def make_priors(self:Booth): # Priors
     "Make the class images, go on making them, or read those that are there."
     p, captions = self.cfg.prior, [c.text for c in getattr(self, 'captions', [])]
     with _stage(self, 'priors'):
         if p.folder: self.priors = load_priors(p.folder, self.cfg.class_noun)
-        else: self.priors = draw_priors(self.pipe, self.cfg.class_noun, p.n, self.out/'priors', seed=self.cfg.seed,
-                                        prompts=class_prompts(self.cfg.class_noun, captions), matcher=self.matcher if p.threshold else None, threshold=p.threshold)
+        else: self.priors = self.draw_class(self.cfg.class_noun, self.out/'priors', captions)
     return self.priors
 
-# %% ../nbs/20_booth.ipynb #7d872224
+@patch
+def draw_class(self:Booth,
+    noun:str,    # what the class is
+    folder,      # where to
+    captions=(), # captions of the photos, whose settings are used for the class, too
+):               # Priors
+    "Class images of one class, as configured."
+    p = self.cfg.prior
+    return draw_priors(self.pipe, noun, p.n, folder, seed=self.cfg.seed, prompts=class_prompts(noun, captions), matcher=self.matcher if p.threshold else None, threshold=p.threshold)
+
+# %% ../nbs/20_booth.ipynb #9251d89f
+@patch
+def learned(self:Booth) -> list: # of Concept
+    "What is learned: one subject, or those of the configuration; captions and class images that are missing are made."
+    c = self.cfg
+    if not c.concepts:
+        if not hasattr(self, 'captions'): self.caption()
+        if c.prior.weight and not hasattr(self, 'priors'): self.make_priors()
+        return [Concept(self.photos, c.token, c.class_noun, self.train_captions, self.priors if c.prior.weight else None)]
+    with _stage(self, 'priors'):
+        concepts = load_concepts(c, self.captioner)
+        for i, o in enumerate(concepts):
+            if c.prior.weight and o.priors is None: o.priors = self.draw_class(o.class_noun, self.out/'priors'/f'{i} {o.token}', o.captions and [o.captions[0].replace(o.subject, o.class_noun)])
+    return concepts
+
+@patch
+def estimate(self:Booth): # Estimate
+    "What the training takes; kept in estimate.json."
+    f, found = self.out/'estimate.json', estimate(self.pipe, self.cfg)
+    save_json(f, dict(dataclasses.asdict(found), peak=found.peak))
+    return found
+
+# %% ../nbs/20_booth.ipynb #7c8f021d
 @patch
 def train(self:Booth,
     resume:bool=True, # go on from a checkpoint in the run folder
     cbs=(),           # further callbacks
+    anyway:bool=False,# go on even if configuration or photos are no longer those of the checkpoint
 ):
     "Learn the subject; the trained pipeline is `self.trained`."
-    if not hasattr(self, 'captions'): self.caption()
-    if self.cfg.prior.weight and not hasattr(self, 'priors'): self.make_priors()
+    from accelerate import PartialState
     found = Checkpoints(self.out/'checkpoints').last()
     if found and not resume: raise BoothError(f"{self.out} holds a trained run already ({found.name}); resume it or choose another out=")
-    concept = Concept(self.photos, self.cfg.token, self.cfg.class_noun, self.train_captions, self.priors if self.cfg.prior.weight else None)
+    with PartialState(cpu=self.device == 'cpu').main_process_first():
+        concepts = self.learned()
+        self.estimate()
+    for name in ('pipe', 'captioner', 'matcher'): self.__dict__.pop(name, None)
     with _stage(self, 'train'):
         pipe = load_pipeline(self.cfg.model or None, device=self.device)
-        self.learner = build_learner(pipe, concept, self.cfg, self.out, resume=True, cbs=cbs).fit()
-    if self.learner.cancelled: raise KeyboardInterrupt(self.learner.cancelled)
+        judges = [self.judge(pipe)] if self.cfg.checkpoint.best else []
+        self.learner = build_learner(pipe, concepts, self.cfg, self.out, resume=True, cbs=[*judges, *cbs], anyway=anyway).fit()
+    if self.learner.cancelled and not any(getattr(c, 'stop', False) for c in judges): raise KeyboardInterrupt(self.learner.cancelled)
     self.trained = pipe
     return self.learner
 
-# %% ../nbs/20_booth.ipynb #a14060af
+# %% ../nbs/20_booth.ipynb #72d35820
+@patch
+def judge(self:Booth,
+    pipe,        # the pipeline that trains
+    n:int=4,     # prints a checkpoint is judged by
+    steps:int=20,# sampling steps
+) -> Best:
+    "A callback that scores each checkpoint as configured."
+    c = self.cfg.checkpoint
+    asked = [f'{article(self.cfg.class_noun)} {p}' for p in self.places(n)]
+    def score(learn):
+        prints = sample(pipe, [f'{article(self.subject)} {p}' for p in self.places(n)], seed=[self.cfg.seed + i for i in range(n)], steps=steps, guidance=4.)
+        return subject_fidelity(self.matcher, prints, self.photos) if c.best == 'subject_fidelity' else prompt_fidelity(self.captioner, prints, asked)
+    return Best(score, self.out/'logs'/'scores.jsonl', patience=c.patience)
+
+# %% ../nbs/20_booth.ipynb #13ae26c3
 @patch(as_prop=True)
 def model(self:Booth): # the trained StableDiffusionPipeline
     if not hasattr(self, 'trained'): self.trained = open_run(self.out)[0].to(self.device)
@@ -130,7 +192,7 @@ def print(self:Booth,
     "Print the subject somewhere."
     return L(sample(self.model, prompt.replace('{subject}', self.subject), n, steps, guidance, seed=seed, **kw))
 
-# %% ../nbs/20_booth.ipynb #58d5ffa4
+# %% ../nbs/20_booth.ipynb #5831b1d6
 @patch
 def save_prints(self:Booth,
     prompts,  # texts with {subject}, one print each
@@ -145,7 +207,7 @@ def save_prints(self:Booth,
             im.save(files[-1])
     return files
 
-# %% ../nbs/20_booth.ipynb #ce9cb9aa
+# %% ../nbs/20_booth.ipynb #dd7e58bf
 _COLOURS = 'purple green red yellow blue pink orange white gray black'.split()
 
 @patch
@@ -171,7 +233,7 @@ def prints_of(self:Booth,
     kw = dict(steps=steps, guidance=guidance)
     return sample(pipe, prompts, seed=[seed + i for i in range(len(prompts))], **kw), sample(pipe, article(self.cfg.class_noun), n_class, seed=seed, **kw)
 
-# %% ../nbs/20_booth.ipynb #754a4a3e
+# %% ../nbs/20_booth.ipynb #ee82e72d
 @patch
 def evaluate(self:Booth,
     **kw, # steps, guidance, seed, n_class: see `Booth.prints_of`
@@ -190,7 +252,7 @@ def evaluate(self:Booth,
     contact_sheet({k: rows[k] for k in list(rows)[:3]}, cell=112).save(self.out/'contact-sheet.png')
     return self.report
 
-# %% ../nbs/20_booth.ipynb #b70a7cf5
+# %% ../nbs/20_booth.ipynb #842c3c21
 def demo(
     out='runs/demo',     # run folder
     subject:str='fox',   # one of the subjects that come with the package

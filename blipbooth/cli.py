@@ -105,55 +105,58 @@ def priors(
     print(f'{made}: {made.folder}')
     print('\n'.join(f'{k.replace("_", " "):18}{v}' for k, v in made.summary().items()))
 
-# %% ../nbs/22_cli.ipynb #659ad774
-def _class_prompts(noun, prompts, photos):
-    "Prompts from a file, or from what the captioner reads in photos; None for the plain class."
-    from pathlib import Path
-    from blipbooth.captioning import Captioner
-    from blipbooth.core import BoothError
-    from blipbooth.priors import article, class_prompts
-    if prompts and photos: raise BoothError("--prompts and --photos both say what to draw; leave one out")
-    if photos: return class_prompts(noun, Captioner.from_pretrained()(photos, prompt=article(noun)))
-    if not prompts: return None
-    try: lines = [o.strip() for o in Path(prompts).expanduser().read_text().splitlines() if o.strip()]
-    except (OSError, UnicodeDecodeError) as e: raise BoothError(f"{prompts} cannot be read ({type(e).__name__}); give a text file with a prompt in each line") from None
-    if not lines: raise BoothError(f"{prompts} holds 0 prompts; write one in each line")
-    return lines
-
-# %% ../nbs/22_cli.ipynb #bc2ca372
+# %% ../nbs/22_cli.ipynb #54e1e019
 def train(
     *config,            # a YAML file, and key=value overrides such as photos=my_dog/ class_noun=dog lr=1e-5
     resume:str=None,    # run folder to go on with
-    dry_run:bool=False, # say what would train, and stop
+    anyway:bool=False,  # go on even if configuration or photos are no longer those of the checkpoint
+    dry_run:bool=False, # say what would train and what it would take, and stop
 ):
     "Learn a subject with DreamBooth."
     from blipbooth.booth import Booth
-    from blipbooth.dreambooth import DreamBoothConfig, choose_parts, parameter_table
-    files, overrides = [c for c in config if '=' not in c], [c for c in config if '=' in c]
-    cfg = DreamBoothConfig.load(f'{resume}/config.yaml' if resume else files[0] if files else None, *overrides)
-    booth = Booth(config=cfg, out=resume)
-    if dry_run:
-        for part, (on, off) in parameter_table(choose_parts(booth.pipe, cfg), booth.pipe).items(): print(f'{part:14}{on:>14,} trainable{off:>14,} frozen')
-        return booth.out.rmdir() if not any(booth.out.iterdir()) else None
-    booth.train(resume=bool(resume))
-    print(f'trained: {booth.out}')
+    booth = Booth(config=_config(config, resume), out=resume)
+    if dry_run: return _dry_run(booth)
+    print(booth.estimate())
+    try: booth.train(resume=bool(resume), anyway=anyway)
+    finally:
+        if not any(booth.out.iterdir()): booth.out.rmdir()
+    if booth.learner.accelerator.is_main_process: print(f'trained: {booth.out}')
 
-def evaluate(
-    run:str, # run folder
-):
-    "Measure a trained run; writes report.json and report.html."
-    print(_opened(run).evaluate())
-
-# %% ../nbs/22_cli.ipynb #307b20bd
-def _opened(run):
-    from blipbooth.booth import Booth
+# %% ../nbs/22_cli.ipynb #98698e29
+def _config(args, run):
+    "The configuration of a command: a file or a run's own, and overrides."
     from blipbooth.core import BoothError
     from blipbooth.dreambooth import DreamBoothConfig
-    from pathlib import Path
-    if not (Path(run)/'config.yaml').is_file(): raise BoothError(f"{run} is no run folder: it has no config.yaml; give the folder a training run wrote")
-    return Booth(config=DreamBoothConfig.load(Path(run)/'config.yaml'), out=run)
+    files, overrides = [c for c in args if '=' not in c], [c for c in args if '=' in c]
+    if len(files) > 1: raise BoothError(f"{len(files)} config files ({', '.join(files)}); give one, and key=value for the rest")
+    if run and files: raise BoothError(f"--resume {run} has its own configuration; leave {files[0]} out")
+    return DreamBoothConfig.load(_run_file(run, 'config.yaml') if run else files[0] if files else None, *overrides)
 
-# %% ../nbs/22_cli.ipynb #eb874c0d
+def _run_file(run, name):
+    "A file of a run folder."
+    from pathlib import Path
+    from blipbooth.core import BoothError
+    if not (Path(run)/name).is_file(): raise BoothError(f"{run} is no run folder: it has no {name}; give the folder a training run wrote")
+    return Path(run)/name
+
+def _dry_run(booth):
+    "Print what would train and what it takes; leaves nothing behind."
+    from blipbooth.dreambooth import estimate
+    print(estimate(booth.pipe, booth.cfg))
+    if not any(booth.out.iterdir()): booth.out.rmdir()
+
+# %% ../nbs/22_cli.ipynb #8c81bc90
+def evaluate(
+    run:str,           # run folder
+    steps:int=25,      # sampling steps
+    guidance:float=4., # classifier-free guidance
+    n_class:int=16,    # class images, before and after
+):
+    "Measure a trained run; writes report.json and report.html."
+    from blipbooth.booth import Booth
+    print(Booth(config=_config([], run), out=run).evaluate(steps=steps, guidance=guidance, n_class=n_class))
+
+# %% ../nbs/22_cli.ipynb #d267da48
 def sample(
     *prompt,            # one or more, such as "a {subject} on a purple background"; none with --like
     out:str='prints',   # folder for the pictures
@@ -173,66 +176,57 @@ def sample(
     mask:str=None,      # with --init: white where to print, black where to keep the photo
     long:bool=False,    # read prompts beyond the token limit in pieces
 ):
-    "Print pictures from a prompt, or make a print again."
-    from blipbooth.core import BoothError, out_dir
-    from blipbooth.diffusion import Guidance
-    from blipbooth.dreambooth import open_run
-    from blipbooth.sampling import load_pipeline, sample as run_sample, save_print
-    given = dict(n=n, steps=steps, guidance=guidance, how=how, schedule=schedule, negative=negative, seed=seed, scheduler=scheduler, strength=strength, long=long)
-    if like: recipe = _again(like, prompt, given, init, mask)
-    elif not prompt: raise BoothError('0 prompts; give at least one, such as "a fox on a red background", or a print with --like')
-    pipe, cfg = open_run(run) if run else (load_pipeline(model), None)
-    if not like:
-        recipe = {k: v for k, v in given.items() if k not in ('how', 'schedule')}
-        recipe.update(prompt=list(prompt), guidance=Guidance(guidance, how, schedule), init=init, mask=mask, subject=f'{cfg.token} {cfg.class_noun}' if cfg else None)
+    "Print pictures from a prompt."
+    from blipbooth.core import out_dir
+    from blipbooth.sampling import sample as run_sample
+    pipe, subject = _printer(run, model)
+    images = run_sample(pipe, prompt.replace('{subject}', subject), n, steps, guidance, negative, seed, scheduler)
     folder = out_dir(out)
-    for i, im in enumerate(run_sample(pipe, **recipe)):
-        made = im.info['recipe']
-        print(save_print(im, folder/f"{made['seed']:04d}-{i if not like else made['index']:03d}.png"))
+    for i, im in enumerate(images):
+        im.save(folder/f'{seed:04d}-{i:03d}.png')
+        print(folder/f'{seed:04d}-{i:03d}.png')
 
-# %% ../nbs/22_cli.ipynb #27dedb34
-def _again(like, prompt, given, init, mask):
-    "The arguments that make a print again; refuses what would make another one."
-    from blipbooth.core import BoothError
-    from blipbooth.images import load_image
-    from blipbooth.sampling import read_recipe
-    usual = inspect.signature(sample).parameters
-    other = [f'--{k}' for k, v in given.items() if v != usual[k].default]
-    if prompt or other: raise BoothError(f"--like makes a print again as it was; leave {', '.join([*(['the prompt'] if prompt else []), *other])} out")
-    recipe = read_recipe(like)
-    for name, path in dict(init=init, mask=mask).items():
-        want = recipe.get(name, {}).get('hash')
-        if bool(path) != bool(want): raise BoothError(f"{like} began {'with' if want else 'without'} a picture to {name}; {'give it with' if want else 'leave out'} --{name}")
-        if not path: continue
-        if (has := load_image(path).hash) != want: raise BoothError(f"{path} is not the picture that {like} began with ({has}, not {want}); give the same file")
-        recipe[name] = path
-    return recipe
+def _printer(run, model):
+    "The model of a run with its subject's name, or another model."
+    from blipbooth.dreambooth import open_run
+    from blipbooth.sampling import load_pipeline
+    if not run: return load_pipeline(model), '{subject}'
+    pipe, cfg = open_run(run)
+    return pipe, f'{cfg.token} {cfg.class_noun}'
 
-# %% ../nbs/22_cli.ipynb #fc11c138
+# %% ../nbs/22_cli.ipynb #bf0761fc
 def export(
-    run:str, # run folder
-    out:str, # folder for the model
+    run:str,                 # run folder
+    *folder,                 # where to; without one, export/FORMAT in the run folder
+    format:str='diffusers',  # diffusers, lora, kohya, single-file or embedding
+    checkpoint:str=None,     # such as step-000200; without one, the best or the last
+    license:str=None,        # of the card, as the hub abbreviates it; without one, that of the model that was trained
 ):
-    "Write a trained run as an ordinary diffusers folder."
-    from blipbooth.dreambooth import export_pipeline, open_run
-    export_pipeline(open_run(run)[0], out)
+    "Write a trained run for diffusers, AUTOMATIC1111 and others."
+    from pathlib import Path
+    from blipbooth.core import BoothError
+    from blipbooth.exporting import export_run
+    if len(folder) > 1: raise BoothError(f"{len(folder)} folders to export to; give one")
+    out = Path(folder[0] if folder else f'{run}/export/{format}')
+    export_run(run, out, format, license, checkpoint=checkpoint and Path(run)/'checkpoints'/checkpoint)
     print(out)
 
-# %% ../nbs/22_cli.ipynb #e32d1fae
+# %% ../nbs/22_cli.ipynb #af5d854a
 def doctor():
     "Say what is installed, where it would run, and whether the bundled models are whole."
     import platform
-    from importlib.metadata import PackageNotFoundError, version
     from blipbooth.core import Settings, bundled
-    def installed(p):
-        try: return version(p)
-        except PackageNotFoundError: return 'missing: pip install ' + p
     print(f'python         {platform.python_version()}')
-    for p in 'torch transformers diffusers accelerate peft safetensors omegaconf fastcore'.split(): print(f'{p:15}{installed(p)}')
+    for p in 'torch transformers diffusers accelerate peft safetensors omegaconf fastcore'.split(): print(f'{p:15}{_installed(p)}')
     print(f'device         {Settings.auto().device}')
     for k in ('captioner', 'matcher', 'diffusion'): print(f"{k:15}{'bundled' if any(bundled(k).rglob('*.safetensors')) else 'missing: install blipbooth again'}")
 
-# %% ../nbs/22_cli.ipynb #f42ae053
+def _installed(package):
+    from importlib.metadata import PackageNotFoundError, version
+    try: return version(package)
+    except PackageNotFoundError: return 'missing: pip install ' + package
+
+# %% ../nbs/22_cli.ipynb #9d1790fb
 VERBS = (demo, caption, match, priors, train, sample, evaluate, export, doctor)
 
 def parser(
@@ -253,7 +247,7 @@ def _usage():
     verbs = '\n'.join(f'  {f.__name__:10} {f.__doc__}' for f in VERBS)
     return f'usage: blipbooth VERB …\n\nA photo booth for diffusion models.\n\n{verbs}\n\nblipbooth VERB --help tells more.'
 
-# %% ../nbs/22_cli.ipynb #47ec6d97
+# %% ../nbs/22_cli.ipynb #fddc1f11
 def _call(f, argv):
     "Parse the arguments of a verb and call it."
     a = vars(parser(f).parse_intermixed_args(argv))
@@ -285,5 +279,5 @@ def main(
         print(f"blipbooth: {str(e) or 'stopped; the same command goes on where it left off'}", file=sys.stderr)
         raise SystemExit(130)
 
-# %% ../nbs/22_cli.ipynb #384b48bd
+# %% ../nbs/22_cli.ipynb #ae97a2c0
 if __name__ == '__main__' and '__file__' in globals(): main()  # as a script, not as a notebook

@@ -1,0 +1,217 @@
+"""Training: ours, and a plain loop that encodes images and text at every step as the common scripts do, in turn in one process.
+
+    python tests/benchmarks/training.py [--threads 2] [--repeats 5] [--width 320] [--pixels 256] [--only speed floor pause memory ways]
+
+Width 320 is Stable Diffusion 1.5's own; without one, the widest that fits twice into memory. Random weights: speed does not depend on them.
+"""
+import argparse, json, statistics, subprocess, sys, tempfile, time, warnings
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from blipbooth.all import *
+
+WIDTHS = 320, 192, 128, 64, 32  # of the UNet's first level
+
+
+def line(name, a, b, unit, **more): print(json.dumps(dict(name=name, ours=round(a, 5), peer=round(b, 5), ratio=round(b/a, 3), unit=unit, **more)), flush=True)
+
+
+def shaped(width, device):
+    "Stable Diffusion 1.5's layers; at a smaller width all of its parts are narrower by the same factor."
+    torch.manual_seed(0)
+    tok, s = load_pipeline(device='cpu').tokenizer, width/320
+    hidden, vae = max(64, int(768*s)//64*64), [max(32, int(c*s)//32*32) for c in (128, 256, 512, 512)]
+    text = CLIPTextModel(CLIPTextConfig(vocab_size=49408, hidden_size=hidden, intermediate_size=4*hidden, num_hidden_layers=12, num_attention_heads=hidden//64, max_position_embeddings=77,
+                                        bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id))
+    tok.model_max_length = 77
+    unet = UNet2DConditionModel(sample_size=64, block_out_channels=(width, 2*width, 4*width, 4*width), cross_attention_dim=hidden, attention_head_dim=8)
+    auto = AutoencoderKL(block_out_channels=vae, layers_per_block=2, sample_size=512, scaling_factor=.18215, down_block_types=['DownEncoderBlock2D']*4, up_block_types=['UpDecoderBlock2D']*4)
+    sched = DDPMScheduler(beta_schedule='scaled_linear', beta_start=.00085, beta_end=.012, clip_sample=False)
+    return StableDiffusionPipeline(auto.eval(), text.eval(), tok, unet.eval(), sched, None, None, requires_safety_checker=False).to(device)
+
+
+def fits(pixels):
+    "The widest model of which two fit, with gradients and moments."
+    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else next(int(o.split()[1])*1024 for o in open('/proc/meminfo') if o.startswith('MemAvailable'))
+    return next((w for w in WIDTHS if 2*1.4*16*860e6*(w/320)**2 < .8*free), WIDTHS[-1])
+
+
+class Few:
+    "Class images that are there."
+    def __init__(self, photos): self.images, self.prompts, self.kept = list(photos), ['a fox']*len(photos), [dict(hash=p.hash) for p in photos]
+    def __len__(self): return len(self.images)
+
+
+def concept():
+    photos = load_images(subject_photos('fox'))
+    return Concept(photos, 'sks', 'fox', priors=Few(photos))
+
+
+def config(pixels, *said): return DreamBoothConfig.load(None, 'class_noun=fox', 'batch_size=2', f'resolution={pixels}', 'lr=1e-5', 'steps=1000000', *said)
+
+
+class Ours:
+    "A step of our learner."
+    def __init__(self, pipe, cfg, out=None):
+        self.learn = build_learner(pipe, concept(), cfg, out)
+        self.learn.net, self.learn.opt = self.learn.accelerator.prepare(self.learn.model, self.learn.opt)
+        self.learn.params = [p for p in self.learn.model.parameters() if p.requires_grad]
+        self.learn('restore'); self.learn('before_fit')
+        self.learn.model.train()
+
+    def step(self):
+        self.learn('before_step'); self.learn.one_step()
+        self.learn.step += 1
+        self.learn('after_step')
+
+
+class Plain:
+    "A step as the common scripts take it: pixels and captions are encoded every time."
+    def __init__(self, pipe, cfg):
+        self.pipe, self.cfg, self.c, self.k = pipe, cfg, concept(), 0
+        self.net = choose_parts(pipe, cfg)
+        self.params = [p for p in self.net.parameters() if p.requires_grad]
+        self.opt, self.device = make_optimizer(cfg, parameter_groups(self.net, cfg, pipe)), pipe.device
+        self.net.train()
+
+    def batch(self):
+        n, photos = self.cfg.batch_size, self.c.photos
+        pick = [(self.k + i) % len(photos) for i in range(n)]
+        self.k += n
+        pixels = to_tensor([photos[i] for i in pick] + [self.c.priors.images[i] for i in pick], self.cfg.resolution, 'center-crop')
+        ids = self.pipe.tokenizer([self.c.captions[i] for i in pick] + ['a fox']*n, padding='max_length', truncation=True, max_length=self.pipe.tokenizer.model_max_length, return_tensors='pt').input_ids
+        return pixels.to(self.device), ids.to(self.device)
+
+    def step(self):
+        pixels, ids = self.batch()
+        latents = self.pipe.vae.encode(pixels).latent_dist.sample()*self.pipe.vae.config.scaling_factor
+        noise, t = torch.randn_like(latents), torch.randint(0, 1000, (len(latents),), device=self.device)
+        pred = self.pipe.unet(self.pipe.scheduler.add_noise(latents, noise, t), t, self.pipe.text_encoder(ids)[0]).sample.float()
+        (a, b), (c, d) = pred.chunk(2), noise.chunk(2)
+        loss = F.mse_loss(a, c) + F.mse_loss(b, d)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.params, 1.)
+        self.opt.step(); self.opt.zero_grad(set_to_none=True)
+        loss.item()
+
+
+class Floor:
+    "UNet forward, backward and optimizer alone, on inputs that are there."
+    def __init__(self, pipe, cfg):
+        self.pipe, self.net = pipe, choose_parts(pipe, cfg)
+        self.opt, n = make_optimizer(cfg, parameter_groups(self.net, cfg, pipe)), 2*cfg.batch_size
+        self.x = torch.randn(n, 4, cfg.resolution//pipe.vae_scale_factor, cfg.resolution//pipe.vae_scale_factor, device=pipe.device)
+        self.t = torch.randint(0, 1000, (n,), device=pipe.device)
+        with torch.no_grad(): self.context = pipe.text_encoder(torch.zeros(n, pipe.tokenizer.model_max_length, dtype=torch.long, device=pipe.device))[0]
+        self.net.train()
+
+    def step(self):
+        F.mse_loss(self.pipe.unet(self.x, self.t, self.context).sample, self.x).backward()
+        self.opt.step(); self.opt.zero_grad(set_to_none=True)
+        if self.x.is_cuda: torch.cuda.synchronize()
+
+
+def in_turn(a, b, repeats):
+    a.step(); b.step()
+    times = [[], []]
+    for _ in range(repeats):
+        for side, ts in zip((a, b), times):
+            t = time.perf_counter(); side.step()
+            if torch.cuda.is_available(): torch.cuda.synchronize()
+            ts.append(time.perf_counter() - t)
+    return map(statistics.median, times)
+
+
+WAYS = {'full UNet': ['train.text_encoder=off'], 'LoRA on the UNet': ['train.unet=lora', 'train.text_encoder=off']}
+
+
+def speed(o):
+    for name, said in WAYS.items():
+        cfg = config(o.pixels, *said)
+        a, b = in_turn(Ours(shaped(o.width, o.device), cfg), Plain(shaped(o.width, o.device), cfg), o.repeats)
+        line(f'{name}, a step', a, b, 's', width=o.width, pixels=o.pixels)
+    cfg = config(64)
+    a, b = in_turn(Ours(load_pipeline(device=o.device), cfg), Plain(load_pipeline(device=o.device), cfg), 3*o.repeats)
+    line('bundled model, UNet and text encoder, a step', a, b, 's')
+
+
+def floor(o):
+    for name, said in WAYS.items():
+        cfg = config(o.pixels, *said, 'clip=0')
+        a, b = in_turn(Ours(shaped(o.width, o.device), cfg), Floor(shaped(o.width, o.device), cfg), o.repeats)
+        print(json.dumps(dict(name=f'{name}, time beyond the floor', ours=round(a, 5), peer=round(b, 5), ratio=round(a/b - 1, 4), unit='share of the floor', width=o.width, pixels=o.pixels)), flush=True)
+
+
+def pause(o):
+    with tempfile.TemporaryDirectory() as d:
+        side = Ours(shaped(min(o.width, 128), o.device), config(o.pixels, *WAYS['full UNet']))
+        side.step()
+        ours, once = [], []
+        for i in range(o.repeats):
+            t = time.perf_counter(); save_checkpoint(side.learn, Path(d)/'step'); ours.append(time.perf_counter() - t)
+            data = b''.join(f.read_bytes() for f in (Path(d)/'step').iterdir())
+            t = time.perf_counter(); atomic_write(Path(d)/'once', data); once.append(time.perf_counter() - t)
+        line("a checkpoint's pause against writing its bytes once", statistics.median(ours), statistics.median(once), 's', bytes=len(data))
+
+
+def status(key): return next(int(x.split()[1])/1024 for x in open('/proc/self/status') if x.startswith(key))
+
+
+def peak(o, which, said):
+    "MB by which the peak of this process grew from before the model to after some steps."
+    pipe_of = (lambda: load_pipeline(device=o.device)) if o.width == 0 else lambda: shaped(o.width, o.device)
+    cfg = config(64 if o.width == 0 else o.pixels, *said)
+    load_pipeline(device='cpu')                                    # the libraries' own memory is not the model's
+    if o.device == 'cuda': torch.cuda.reset_peak_memory_stats()
+    else: Path('/proc/self/clear_refs').write_text('5')
+    before, t = status('VmRSS'), time.perf_counter()
+    side = (Ours if which == 'ours' else Plain)(pipe_of(), cfg)
+    for _ in range(3): t = time.perf_counter(); side.step()
+    seconds = time.perf_counter() - t
+    print(json.dumps(dict(mb=torch.cuda.max_memory_allocated()/2**20 if o.device == 'cuda' else status('VmHWM') - before, s=seconds)))
+
+
+def measured(o, which, said):
+    args = [sys.executable, __file__, '--peak', which, '--width', str(o.width), '--pixels', str(o.pixels), '--threads', str(o.threads), '--said', *said]
+    return json.loads(subprocess.run(args, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+
+
+def memory(o):
+    said = WAYS['LoRA on the UNet']
+    a, b = (measured(o, which, said)['mb'] for which in ('ours', 'plain'))
+    print(json.dumps(dict(name='LoRA on the UNet, peak memory', ours=round(a), peer=round(b), ratio=round(a/b, 3), unit='MB', width=o.width, pixels=o.pixels)), flush=True)
+
+
+def ways(o):
+    "Every combination of what trains: what the estimate says, what is measured."
+    whole = None
+    for unet in ('full', 'lora', 'off'):
+        for text in ('full', 'lora', 'off'):
+            for token in ('true', 'false'):
+                if (unet, text, token) == ('off', 'off', 'false') or (text, token) == ('full', 'true'): continue
+                said = [f'train.unet={unet}', f'train.text_encoder={text}', f'train.token={token}']
+                m = measured(o, 'ours', said)
+                pipe = load_pipeline(device='cpu') if o.width == 0 else shaped(o.width, 'cpu')
+                e = estimate(pipe, config(64 if o.width == 0 else o.pixels, *said)).peak/2**20
+                whole = whole or m['mb']
+                print(json.dumps(dict(name=f'UNet {unet}, text encoder {text}, token {token}', ours=round(m['mb']), peer=round(whole), ratio=round(m['mb']/whole, 3), unit='MB', estimate=round(e), seconds=round(m['s'], 3))), flush=True)
+
+
+if __name__ == '__main__':
+    warnings.simplefilter('ignore')
+    p = argparse.ArgumentParser()
+    for k, v in dict(threads=0, repeats=5, width=-1, pixels=256).items(): p.add_argument(f'--{k}', type=int, default=v)
+    p.add_argument('--only', nargs='+', default=['speed', 'floor', 'pause', 'memory', 'ways'])
+    p.add_argument('--peak', choices=['ours', 'plain'])
+    p.add_argument('--said', nargs='*', default=[])
+    o = p.parse_args()
+    o.device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    if o.threads: torch.set_num_threads(o.threads)
+    if o.width < 0: o.width = fits(o.pixels)
+    if o.peak: peak(o, o.peak, o.said)
+    else:
+        for f in o.only: globals()[f](o)

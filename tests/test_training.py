@@ -1,0 +1,179 @@
+"Training as it is lived through: killed at any moment, on two processes, from a notebook, on a full disk."
+import json, os, random, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from blipbooth.core import read_jsonl, subject_photos
+
+env = {k: v for k, v in os.environ.items() if k not in ('IN_TEST', 'PYTHONPATH')} | dict(OMP_NUM_THREADS='1')
+KILLS = int(os.environ.get('BLIPBOOTH_KILLS', '4'))  # the bar is 20: BLIPBOOTH_KILLS=20 pytest tests/test_training.py
+
+
+def said(out, *more): return ['train', f'photos={subject_photos("fox")}', 'class_noun=fox', f'out={out}', 'prior.n=4', *more]
+def start(args, cwd, launch=(), **kw): return subprocess.Popen([sys.executable, '-m', *launch, 'blipbooth.cli', *map(str, args)], cwd=cwd, env=env, stdout=subprocess.DEVNULL, **kw)
+
+
+def run(args, cwd, launch=()):
+    p = start(args, cwd, launch, stderr=subprocess.PIPE, text=True)
+    err = p.communicate(timeout=900)[1]
+    assert p.returncode == 0, err
+
+
+def weights(run, step): return {f.stem: load_file(f) for f in sorted((run/'checkpoints'/f'step-{step:06d}').glob('*.safetensors')) if f.stem != 'optimizer'}
+def losses(run): return read_jsonl(run/'logs'/'loss.jsonl')
+
+
+def furthest(a, b):
+    "The largest difference between two sets of weights, as a share of the larger one's size."
+    assert a.keys() == b.keys() and all(a[k].keys() == b[k].keys() for k in a)
+    return max((a[k][n] - b[k][n]).norm().item()/max(b[k][n].norm().item(), 1e-12) for k in a for n in a[k])
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    "An uninterrupted run that saves after every other step, so that a kill often falls into a save."
+    out = tmp_path_factory.mktemp('whole')/'run'
+    run(said(out, *OFTEN), out.parent)
+    return out
+
+
+OFTEN = 'steps=30', 'checkpoint.every=2', 'checkpoint.keep=2', 'ema=0.9', 'schedule=cosine'
+
+
+def test_killed_at_random_moments(whole, tmp_path):
+    "kill -9 at random moments of the training, each time resumed: the end is that of the run nobody touched."
+    out, rng, kills = tmp_path/'run', random.Random(0), 0
+    begun = start(said(out, *OFTEN), tmp_path, stderr=subprocess.DEVNULL)
+    while True:
+        seen, deadline = len(losses(out)), time.time() + 600
+        while begun.poll() is None and len(losses(out)) <= seen and time.time() < deadline: time.sleep(.005)
+        if kills < KILLS and begun.poll() is None:
+            time.sleep(rng.uniform(0, .4))               # in a step, in a save, or between
+            begun.send_signal(signal.SIGKILL)
+            kills += 1
+        if begun.wait() == 0: break
+        begun = start(['train', '--resume', out], tmp_path, stderr=subprocess.DEVNULL)
+    assert kills >= min(KILLS, 3)
+    assert losses(out) == losses(whole)
+    assert furthest(weights(out, 30), weights(whole, 30)) == 0
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(whole, tmp_path):
+    out = tmp_path/'run'
+    p = start(said(out, *OFTEN), tmp_path, stderr=subprocess.PIPE, text=True)
+    while len(losses(out)) < 5 and p.poll() is None: time.sleep(.01)
+    p.send_signal(signal.SIGTERM)
+    err = p.communicate()[1]
+    assert p.returncode == 130 and 'stopped by SIGTERM' in err and 'Traceback' not in err
+    n = len(losses(out))
+    assert (out/'checkpoints'/f'step-{n:06d}').exists()
+    run(['train', '--resume', out], tmp_path)
+    assert losses(out) == losses(whole) and furthest(weights(out, 30), weights(whole, 30)) == 0
+
+
+STEPS = 'steps=4', 'checkpoint.every=4', 'optimizer=torch.optim.SGD', 'lr=0.01', 'clip=0.1'
+
+
+@pytest.fixture(scope='module')
+def four(tmp_path_factory):
+    out = tmp_path_factory.mktemp('four')/'run'
+    run(said(out, *STEPS, 'batch_size=4'), out.parent)
+    return out
+
+
+def alike(a, b):
+    assert furthest(weights(a, 4), weights(b, 4)) < 1e-5
+    for x, y in zip(losses(a), losses(b), strict=True): assert x == pytest.approx(y, rel=1e-5, abs=1e-6)
+
+
+def test_accumulated(four, tmp_path):
+    run(said(tmp_path/'run', *STEPS, 'batch_size=1', 'accumulate=4'), tmp_path)
+    alike(tmp_path/'run', four)
+
+
+def test_two_processes(four, tmp_path):
+    "accelerate launch on two real processes, two photos each."
+    launch = 'accelerate.commands.launch', '--cpu', '--num_processes', '2', '--num_machines', '1', '--main_process_port', '0', '--num_cpu_threads_per_process', '1', '-m'
+    run(said(tmp_path/'run', *STEPS, 'batch_size=2'), tmp_path, launch)
+    alike(tmp_path/'run', four)
+
+
+NOTEBOOK = '''
+from accelerate import notebook_launcher
+from blipbooth.all import *
+
+def train():
+    Booth({photos!r}, class_noun='fox', out={out!r}, config=DreamBoothConfig.load(None, {keys})).train()
+
+if __name__ == '__main__': notebook_launcher(train, num_processes=2, use_port='0')
+'''
+
+
+def test_two_processes_of_a_notebook(four, tmp_path):
+    (tmp_path/'cell.py').write_text(NOTEBOOK.format(photos=str(subject_photos('fox')), out=str(tmp_path/'run'), keys=', '.join(map(repr, [*STEPS, 'batch_size=2', 'prior.n=4']))))
+    res = subprocess.run([sys.executable, 'cell.py'], cwd=tmp_path, env=env | dict(ACCELERATE_USE_CPU='true'), capture_output=True, text=True, timeout=900)
+    assert res.returncode == 0, res.stderr
+    alike(tmp_path/'run', four)
+
+
+def test_caches_change_nothing(four, tmp_path):
+    for cache in ('off', 'disk'):
+        run(said(tmp_path/cache, *STEPS, 'batch_size=4', f'data.cache={cache}'), tmp_path)
+        alike(tmp_path/cache, four)
+
+
+CUT = '''
+from blipbooth.all import *
+import os, signal
+
+class Kill(Callback):
+    "The notebook's kernel dies."
+    order = 99
+    def after_step(self):
+        if self.learn.step == 3: os.kill(os.getpid(), signal.SIGKILL)
+
+photos = [p.image for p in load_images({photos!r})]
+Booth(photos, class_noun='fox', out={out!r}, config=DreamBoothConfig.load(None, {keys})).train(cbs=[Kill()])
+'''
+
+
+def test_killed_in_a_notebook_goes_on_in_a_terminal(four, tmp_path):
+    keys = ', '.join(map(repr, ['prior.n=4', *STEPS, 'checkpoint.every=2', 'batch_size=4']))
+    code = CUT.format(photos=str(subject_photos('fox')), out=str(tmp_path/'run'), keys=keys)
+    assert subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=env, capture_output=True).returncode == -signal.SIGKILL
+    run(['train', '--resume', tmp_path/'run'], tmp_path)
+    assert losses(tmp_path/'run') == losses(four) and furthest(weights(tmp_path/'run', 4), weights(four, 4)) == 0
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    out = tmp_path/'run'
+    first = start(said(out, 'steps=500', 'checkpoint.every=1'), tmp_path, stderr=subprocess.DEVNULL)
+    try:
+        while not list((out/'checkpoints').glob('step-*')) and first.poll() is None: time.sleep(.05)
+        second = start(['train', '--resume', out], tmp_path, stderr=subprocess.PIPE, text=True)
+        err = second.communicate()[1]
+        assert second.returncode == 2 and 'another run is at work' in err and len(err.strip().splitlines()) == 1
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.wait()
+
+
+@pytest.mark.parametrize('key, words', [('batch_size=9', 'batch_size=9 is more than the 4 photos'), ('resolution=50', 'not a multiple of'), ('lr=1', 'destroy'), ('token=fox', 'both'),
+                                        ('token=qzxvk', 'pieces'), ('trackers=[tensorbord]', 'tensorboard'), ('optimizer=torch.optim.Nope', 'no optimizer'), ('trian.unet=off', 'train.unet')])
+def test_bad_configuration(key, words, tmp_path):
+    p = start([*said(tmp_path/'run'), key], tmp_path, stderr=subprocess.PIPE, text=True)
+    err = p.communicate()[1]
+    assert p.returncode == 2 and words in err and len(err.strip().splitlines()) == 1, err
+    assert not list(tmp_path.iterdir())
+
+
+def test_sdxl_is_not_sd(tmp_path):
+    (tmp_path/'xl').mkdir()
+    (tmp_path/'xl'/'model_index.json').write_text(json.dumps({'_class_name': 'StableDiffusionXLPipeline'}))
+    p = start([*said(tmp_path/'run'), f'model={tmp_path/"xl"}'], tmp_path, stderr=subprocess.PIPE, text=True)
+    err = p.communicate()[1]
+    assert p.returncode == 2 and 'StableDiffusionXLPipeline' in err
+    assert not (tmp_path/'run').exists()
