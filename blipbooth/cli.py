@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['VERBS', 'demo', 'caption', 'match', 'priors', 'train', 'evaluate', 'sample', 'export', 'doctor', 'parser', 'main']
 
-# %% ../nbs/22_cli.ipynb #15e2d49e
-import argparse, inspect, sys
+# %% ../nbs/22_cli.ipynb #0514ca55
+import argparse, inspect, os, sys
 from fastcore.docments import docments
 
 # %% ../nbs/22_cli.ipynb #82af8325
@@ -105,7 +105,7 @@ def priors(
     print(f'{made}: {made.folder}')
     print('\n'.join(f'{k.replace("_", " "):18}{v}' for k, v in made.summary().items()))
 
-# %% ../nbs/22_cli.ipynb #54e1e019
+# %% ../nbs/22_cli.ipynb #05f787a5
 def train(
     *config,            # a YAML file, and key=value overrides such as photos=my_dog/ class_noun=dog lr=1e-5
     resume:str=None,    # run folder to go on with
@@ -116,7 +116,7 @@ def train(
     from blipbooth.booth import Booth
     booth = Booth(config=_config(config, resume), out=resume)
     if dry_run: return _dry_run(booth)
-    print(booth.estimate())
+    if os.environ.get('RANK', '0') == '0': print(booth.estimate())  # the first of several processes
     try: booth.train(resume=bool(resume), anyway=anyway)
     finally:
         if not any(booth.out.iterdir()): booth.out.rmdir()
@@ -226,14 +226,23 @@ def _installed(package):
     try: return version(package)
     except PackageNotFoundError: return 'missing: pip install ' + package
 
-# %% ../nbs/22_cli.ipynb #9d1790fb
+# %% ../nbs/22_cli.ipynb #ec6dbc44
 VERBS = (demo, caption, match, priors, train, sample, evaluate, export, doctor)
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    "Defaults behind each option; the list of keys as it is."
+
+def _keys():
+    "The keys of a configuration, one a line."
+    from blipbooth.dreambooth import config_fields
+    rows = [f'  {k:24} {doc} (default: {default!r})' for k, (default, doc) in config_fields().items()]
+    return '\n'.join(['config keys, in a YAML file or as key=value:', *rows])
 
 def parser(
     f, # a verb's function
 ) -> argparse.ArgumentParser:
     "A parser made from a function's signature and docments."
-    p = argparse.ArgumentParser(prog=f'blipbooth {f.__name__}', description=f.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(prog=f'blipbooth {f.__name__}', description=f.__doc__, formatter_class=_Help)
     docs = docments(f, full=True)
     for name, par in inspect.signature(f).parameters.items():
         doc, kind = docs[name].docment, par.annotation
@@ -247,10 +256,12 @@ def _usage():
     verbs = '\n'.join(f'  {f.__name__:10} {f.__doc__}' for f in VERBS)
     return f'usage: blipbooth VERB …\n\nA photo booth for diffusion models.\n\n{verbs}\n\nblipbooth VERB --help tells more.'
 
-# %% ../nbs/22_cli.ipynb #fddc1f11
+# %% ../nbs/22_cli.ipynb #fc509234
 def _call(f, argv):
     "Parse the arguments of a verb and call it."
-    a = vars(parser(f).parse_intermixed_args(argv))
+    p = parser(f)
+    if f is train and {'-h', '--help'} & set(argv): p.epilog = _keys()
+    a = vars(p.parse_intermixed_args(argv))
     kinds = inspect.signature(f).parameters
     rest = [v for k, vs in a.items() if kinds[k].kind == inspect.Parameter.VAR_POSITIONAL for v in vs]
     first = [a[k] for k, p in kinds.items() if p.kind == p.POSITIONAL_OR_KEYWORD and p.default is p.empty]

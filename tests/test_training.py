@@ -1,5 +1,5 @@
 "Training as it is lived through: killed at any moment, on two processes, from a notebook, on a full disk."
-import json, os, random, signal, subprocess, sys, time
+import json, os, random, signal, socket, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -107,12 +107,13 @@ from blipbooth.all import *
 def train():
     Booth({photos!r}, class_noun='fox', out={out!r}, config=DreamBoothConfig.load(None, {keys})).train()
 
-if __name__ == '__main__': notebook_launcher(train, num_processes=2, use_port='0')
+if __name__ == '__main__': notebook_launcher(train, num_processes=2, use_port='{port}')
 '''
 
 
 def test_two_processes_of_a_notebook(four, tmp_path):
-    (tmp_path/'cell.py').write_text(NOTEBOOK.format(photos=str(subject_photos('fox')), out=str(tmp_path/'run'), keys=', '.join(map(repr, [*STEPS, 'batch_size=2', 'prior.n=4']))))
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    (tmp_path/'cell.py').write_text(NOTEBOOK.format(port=port, photos=str(subject_photos('fox')), out=str(tmp_path/'run'), keys=', '.join(map(repr, [*STEPS, 'batch_size=2', 'prior.n=4']))))
     res = subprocess.run([sys.executable, 'cell.py'], cwd=tmp_path, env=env | dict(ACCELERATE_USE_CPU='true'), capture_output=True, text=True, timeout=900)
     assert res.returncode == 0, res.stderr
     alike(tmp_path/'run', four)
