@@ -136,7 +136,7 @@ def estimate(self:Booth): # Estimate
     save_json(f, dict(dataclasses.asdict(found), peak=found.peak))
     return found
 
-# %% ../nbs/20_booth.ipynb #7c8f021d
+# %% ../nbs/20_booth.ipynb #cc9def49
 @patch
 def train(self:Booth,
     resume:bool=True, # go on from a checkpoint in the run folder
@@ -149,7 +149,7 @@ def train(self:Booth,
     if found and not resume: raise BoothError(f"{self.out} holds a trained run already ({found.name}); resume it or choose another out=")
     with PartialState(cpu=self.device == 'cpu').main_process_first():
         concepts = self.learned()
-        self.estimate()
+        if not (self.out/'estimate.json').exists(): self.estimate()
     for name in ('pipe', 'captioner', 'matcher'): self.__dict__.pop(name, None)
     with _stage(self, 'train'):
         pipe = load_pipeline(self.cfg.model or None, device=self.device)
@@ -174,7 +174,7 @@ def judge(self:Booth,
         return subject_fidelity(self.matcher, prints, self.photos) if c.best == 'subject_fidelity' else prompt_fidelity(self.captioner, prints, asked)
     return Best(score, self.out/'logs'/'scores.jsonl', patience=c.patience)
 
-# %% ../nbs/20_booth.ipynb #13ae26c3
+# %% ../nbs/20_booth.ipynb #1134c096
 @patch(as_prop=True)
 def model(self:Booth): # the trained StableDiffusionPipeline
     if not hasattr(self, 'trained'): self.trained = open_run(self.out)[0].to(self.device)
@@ -192,7 +192,7 @@ def print(self:Booth,
     "Print the subject somewhere."
     return L(sample(self.model, prompt.replace('{subject}', self.subject), n, steps, guidance, seed=seed, **kw))
 
-# %% ../nbs/20_booth.ipynb #5831b1d6
+# %% ../nbs/20_booth.ipynb #bf33e169
 @patch
 def save_prints(self:Booth,
     prompts,  # texts with {subject}, one print each
@@ -207,7 +207,7 @@ def save_prints(self:Booth,
             im.save(files[-1])
     return files
 
-# %% ../nbs/20_booth.ipynb #dd7e58bf
+# %% ../nbs/20_booth.ipynb #2cff56af
 _COLOURS = 'purple green red yellow blue pink orange white gray black'.split()
 
 @patch
@@ -233,7 +233,7 @@ def prints_of(self:Booth,
     kw = dict(steps=steps, guidance=guidance)
     return sample(pipe, prompts, seed=[seed + i for i in range(len(prompts))], **kw), sample(pipe, article(self.cfg.class_noun), n_class, seed=seed, **kw)
 
-# %% ../nbs/20_booth.ipynb #ee82e72d
+# %% ../nbs/20_booth.ipynb #c4b5acc1
 @patch
 def evaluate(self:Booth,
     **kw, # steps, guidance, seed, n_class: see `Booth.prints_of`
