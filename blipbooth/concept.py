@@ -7,7 +7,7 @@ __all__ = ['personalise', 'fill_template', 'read_captions', 'pieces', 'check_nam
            'Concept', 'bucket_shapes', 'nearest_shape', 'Views', 'posteriors', 'module_hash', 'cached_tensors',
            'text_embeddings', 'Stream', 'whose_turn', 'TrainingSet', 'DataOptions', 'training_set']
 
-# %% ../nbs/10_concept.ipynb #75a0c292
+# %% ../nbs/10_concept.ipynb #300ffbae
 import json, re, string, warnings
 from collections import Counter
 from dataclasses import dataclass
@@ -15,7 +15,6 @@ from fractions import Fraction
 from math import gcd, lcm, log
 from pathlib import Path
 from typing import NamedTuple
-import numpy as np
 import torch
 from fastcore.basics import patch, store_attr
 from fastcore.foundation import L
