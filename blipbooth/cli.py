@@ -105,7 +105,22 @@ def priors(
     print(f'{made}: {made.folder}')
     print('\n'.join(f'{k.replace("_", " "):18}{v}' for k, v in made.summary().items()))
 
-# %% ../nbs/22_cli.ipynb #05f787a5
+# %% ../nbs/22_cli.ipynb #659ad774
+def _class_prompts(noun, prompts, photos):
+    "Prompts from a file, or from what the captioner reads in photos; None for the plain class."
+    from pathlib import Path
+    from blipbooth.captioning import Captioner
+    from blipbooth.core import BoothError
+    from blipbooth.priors import article, class_prompts
+    if prompts and photos: raise BoothError("--prompts and --photos both say what to draw; leave one out")
+    if photos: return class_prompts(noun, Captioner.from_pretrained()(photos, prompt=article(noun)))
+    if not prompts: return None
+    try: lines = [o.strip() for o in Path(prompts).expanduser().read_text().splitlines() if o.strip()]
+    except (OSError, UnicodeDecodeError) as e: raise BoothError(f"{prompts} cannot be read ({type(e).__name__}); give a text file with a prompt in each line") from None
+    if not lines: raise BoothError(f"{prompts} holds 0 prompts; write one in each line")
+    return lines
+
+# %% ../nbs/22_cli.ipynb #bfcd5a63
 def train(
     *config,            # a YAML file, and key=value overrides such as photos=my_dog/ class_noun=dog lr=1e-5
     resume:str=None,    # run folder to go on with
@@ -122,7 +137,7 @@ def train(
         if not any(booth.out.iterdir()): booth.out.rmdir()
     if booth.learner.accelerator.is_main_process: print(f'trained: {booth.out}')
 
-# %% ../nbs/22_cli.ipynb #98698e29
+# %% ../nbs/22_cli.ipynb #c2c2204d
 def _config(args, run):
     "The configuration of a command: a file or a run's own, and overrides."
     from blipbooth.core import BoothError
@@ -145,7 +160,7 @@ def _dry_run(booth):
     print(estimate(booth.pipe, booth.cfg))
     if not any(booth.out.iterdir()): booth.out.rmdir()
 
-# %% ../nbs/22_cli.ipynb #8c81bc90
+# %% ../nbs/22_cli.ipynb #b7501373
 def evaluate(
     run:str,           # run folder
     steps:int=25,      # sampling steps
@@ -156,7 +171,7 @@ def evaluate(
     from blipbooth.booth import Booth
     print(Booth(config=_config([], run), out=run).evaluate(steps=steps, guidance=guidance, n_class=n_class))
 
-# %% ../nbs/22_cli.ipynb #d267da48
+# %% ../nbs/22_cli.ipynb #60651ba2
 def sample(
     *prompt,            # one or more, such as "a {subject} on a purple background"; none with --like
     out:str='prints',   # folder for the pictures
@@ -176,25 +191,49 @@ def sample(
     mask:str=None,      # with --init: white where to print, black where to keep the photo
     long:bool=False,    # read prompts beyond the token limit in pieces
 ):
-    "Print pictures from a prompt."
-    from blipbooth.core import out_dir
-    from blipbooth.sampling import sample as run_sample
+    "Print pictures from a prompt, or make a print again."
+    from blipbooth.core import BoothError, for_writing
+    from blipbooth.diffusion import Guidance
+    from blipbooth.sampling import sample as run_sample, save_print
+    given = dict(n=n, steps=steps, guidance=guidance, how=how, schedule=schedule, negative=negative, seed=seed, scheduler=scheduler, strength=strength, long=long)
+    if like: recipe = _again(like, prompt, given, init, mask)
+    elif not prompt: raise BoothError('0 prompts; give at least one, such as "a fox on a red background", or a print with --like')
     pipe, subject = _printer(run, model)
-    images = run_sample(pipe, prompt.replace('{subject}', subject), n, steps, guidance, negative, seed, scheduler)
-    folder = out_dir(out)
-    for i, im in enumerate(images):
-        im.save(folder/f'{seed:04d}-{i:03d}.png')
-        print(folder/f'{seed:04d}-{i:03d}.png')
+    if not like:
+        recipe = {k: v for k, v in given.items() if k not in ('how', 'schedule')}
+        recipe.update(prompt=list(prompt), guidance=Guidance(guidance, how, schedule), init=init, mask=mask, subject=subject)
+    with for_writing(out) as folder:
+        for i, im in enumerate(run_sample(pipe, **recipe)):
+            made = im.info['recipe']
+            print(save_print(im, folder/f"{made['seed']:04d}-{i if not like else made['index']:03d}.png"))
 
+# %% ../nbs/22_cli.ipynb #ce778804
 def _printer(run, model):
-    "The model of a run with its subject's name, or another model."
+    "The model of a run with its subject's name, or another model and None."
     from blipbooth.dreambooth import open_run
     from blipbooth.sampling import load_pipeline
-    if not run: return load_pipeline(model), '{subject}'
+    if not run: return load_pipeline(model), None
     pipe, cfg = open_run(run)
     return pipe, f'{cfg.token} {cfg.class_noun}'
 
-# %% ../nbs/22_cli.ipynb #bf0761fc
+def _again(like, prompt, given, init, mask):
+    "The arguments that make a print again; refuses what would make another one."
+    from blipbooth.core import BoothError
+    from blipbooth.images import load_image
+    from blipbooth.sampling import read_recipe
+    usual = inspect.signature(sample).parameters
+    other = [f'--{k}' for k, v in given.items() if v != usual[k].default]
+    if prompt or other: raise BoothError(f"--like makes a print again as it was; leave {', '.join([*(['the prompt'] if prompt else []), *other])} out")
+    recipe = read_recipe(like)
+    for name, path in dict(init=init, mask=mask).items():
+        want = recipe.get(name, {}).get('hash')
+        if bool(path) != bool(want): raise BoothError(f"{like} began {'with' if want else 'without'} a picture to {name}; {'give it with' if want else 'leave out'} --{name}")
+        if not path: continue
+        if (has := load_image(path).hash) != want: raise BoothError(f"{path} is not the picture that {like} began with ({has}, not {want}); give the same file")
+        recipe[name] = path
+    return recipe
+
+# %% ../nbs/22_cli.ipynb #d768c876
 def export(
     run:str,                 # run folder
     *folder,                 # where to; without one, export/FORMAT in the run folder
@@ -211,7 +250,7 @@ def export(
     export_run(run, out, format, license, checkpoint=checkpoint and Path(run)/'checkpoints'/checkpoint)
     print(out)
 
-# %% ../nbs/22_cli.ipynb #af5d854a
+# %% ../nbs/22_cli.ipynb #67564d5a
 def doctor():
     "Say what is installed, where it would run, and whether the bundled models are whole."
     import platform
@@ -226,7 +265,7 @@ def _installed(package):
     try: return version(package)
     except PackageNotFoundError: return 'missing: pip install ' + package
 
-# %% ../nbs/22_cli.ipynb #ec6dbc44
+# %% ../nbs/22_cli.ipynb #775866ca
 VERBS = (demo, caption, match, priors, train, sample, evaluate, export, doctor)
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -256,7 +295,7 @@ def _usage():
     verbs = '\n'.join(f'  {f.__name__:10} {f.__doc__}' for f in VERBS)
     return f'usage: blipbooth VERB …\n\nA photo booth for diffusion models.\n\n{verbs}\n\nblipbooth VERB --help tells more.'
 
-# %% ../nbs/22_cli.ipynb #fc509234
+# %% ../nbs/22_cli.ipynb #8c09e081
 def _call(f, argv):
     "Parse the arguments of a verb and call it."
     p = parser(f)
@@ -290,5 +329,5 @@ def main(
         print(f"blipbooth: {str(e) or 'stopped; the same command goes on where it left off'}", file=sys.stderr)
         raise SystemExit(130)
 
-# %% ../nbs/22_cli.ipynb #ae97a2c0
+# %% ../nbs/22_cli.ipynb #c0db5632
 if __name__ == '__main__' and '__file__' in globals(): main()  # as a script, not as a notebook

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BoothError', 'nearest', 'bundled', 'subject_photos', 'resolve_model', 'Settings', 'stateless_seed', 'generator',
            'randn', 'stateless_shuffle', 'atomic_write', 'atomic_dir', 'save_json', 'load_json', 'append_jsonl',
-           'read_jsonl', 'file_hash', 'weights_hash', 'out_dir', 'progress']
+           'read_jsonl', 'file_hash', 'weights_hash', 'out_dir', 'for_writing', 'progress']
 
 # %% ../nbs/00_core.ipynb #8dfaa0c5
 import contextlib, difflib, hashlib, json, os, random, secrets, shutil, sys
@@ -316,7 +316,19 @@ def out_dir(
         raise BoothError(f"cannot write to the folder {path} ({e.strerror}); choose another with out=") from e
     return path
 
-# %% ../nbs/00_core.ipynb #ef24d998
+# %% ../nbs/00_core.ipynb #ad361d98
+@contextlib.contextmanager
+def for_writing(
+    path, # the folder
+): # the folder, inside `with`
+    "A folder to write to; if it was made for this and stays empty, it goes again."
+    made = [o for o in (Path(path).expanduser(), *Path(path).expanduser().parents) if not o.exists()]
+    try: yield out_dir(path)
+    finally:
+        for o in made:
+            with contextlib.suppress(OSError): o.rmdir()
+
+# %% ../nbs/00_core.ipynb #72ef7e73
 def _lines(every=20.):
     "tqdm that prints a plain line every so many seconds."
     from tqdm.std import tqdm
@@ -331,7 +343,7 @@ def _lines(every=20.):
             return show
     return lambda *args, **kw: Lines(*args, mininterval=every, maxinterval=every, ascii=True, ncols=80, **kw)
 
-# %% ../nbs/00_core.ipynb #6543fee9
+# %% ../nbs/00_core.ipynb #37f2ac1c
 def progress(
     it=None, # what to go through, or None to call `.update()` by hand
     total:int=None, # how many there are, where `it` does not know
