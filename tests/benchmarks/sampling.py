@@ -2,38 +2,20 @@
 
 Two models: the bundled one, and a random one of Stable Diffusion 1.5's shape (on a GPU only; 64 × 64 latents, float16). Ours and theirs in turn
 in one process, the median of the repeats of each; seconds are wall time. Pictures are compared in float32. JSON lines."""
-import copy, json, statistics, sys, time
+import copy, sys
 from unittest.mock import patch
 
 import diffusers, numpy as np, torch
 from PIL import Image
+
+from common import GPU, line, machine, race
+
 from blipbooth.core import generator, randn, subject_photos
 from blipbooth.images import load_images
 from blipbooth.matching import Matcher
 from blipbooth.sampling import ask, decode, encode_prompts, load_pipeline, make_scheduler, sample, schedulers, tune, _hushed
 
 FOX = 'a fox on a purple background'
-GPU = torch.cuda.is_available()
-
-
-def line(name, **more): print(json.dumps(dict(name=name, device=torch.cuda.get_device_name() if GPU else 'cpu', **more)), flush=True)
-
-
-def in_turn(f, g, repeats): # medians of f and g, called in turn after one call of each to warm up
-    def timed(h):
-        if GPU: torch.cuda.synchronize()
-        t = time.perf_counter()
-        h()
-        if GPU: torch.cuda.synchronize()
-        return time.perf_counter() - t
-    timed(f), timed(g)
-    times = [(timed(f), timed(g)) for _ in range(repeats)]
-    return [statistics.median(o) for o in zip(*times)]
-
-
-def race(name, ours, peer, repeats, bar=None, **more):
-    a, b = in_turn(ours, peer, repeats)
-    line(name, ours=round(a, 4), peer=round(b, 4), ratio=round(b/a, 3), unit='s', bar=bar, **more)
 
 
 def sd15(): # the shape of Stable Diffusion 1.5, random weights; the tokenizer is the bundled one, so prompts are short
@@ -84,13 +66,13 @@ def equal(pipe):
         worst[name]['negative'] = apart(sample(pipe, FOX, guidance=5., negative='a pizza', **kw), theirs(pipe, negative='a pizza', **kw))
         worst[name]['image-to-image'] = apart(sample(pipe, FOX, guidance=5., init=photo, strength=0.6, **kw), theirs(pipe, photo=photo, **kw))
         worst[name]['inpainting'] = apart(sample(pipe, FOX, guidance=5., init=photo, mask=mask, strength=1., **kw), theirs(pipe, photo=photo, mask=mask, strength=1., **kw))
-    line('max pixel difference from diffusers', ours=max(v for o in worst.values() for v in o.values()), unit='of 255', bar=1, settings=sum(map(len, worst.values())), each=worst)
+    line('max pixel difference from diffusers', ours=max(v for o in worst.values() for v in o.values()), unit='of 255', bar='<=1', settings=sum(map(len, worst.values())), each=worst)
 
 
 def same_for_every_batch(pipe, n=8, steps=10):
     latents = {b: sample(pipe, FOX, n=n, steps=steps, batch=b, return_latents=True).float().cpu() for b in (1, 3, 8)}
     with torch.no_grad(): prints = {b: np.stack([np.asarray(o) for o in decode(pipe, x)]) for b, x in latents.items()}
-    line('image i for batches of 1, 3 and 8: latents', ours=max(float((latents[b] - latents[8]).abs().max()) for b in (1, 3)), unit='max difference', bar=1e-4)
+    line('image i for batches of 1, 3 and 8: latents', ours=max(float((latents[b] - latents[8]).abs().max()) for b in (1, 3)), unit='max difference', bar='<=0.0001')
     line('image i for batches of 1, 3 and 8: pixels', ours=round(min(float((prints[b] == prints[8]).mean()) for b in (1, 3)), 5), unit='share equal', bar=0.999)
 
 
@@ -99,14 +81,14 @@ def speed(pipe, model, repeats):
     b, side = (4, pipe.unet.config.sample_size)
     x = torch.stack([randn((4, side, side), 'speed', i) for i in range(b)]).to(pipe.device, pipe.unet.dtype)
     c, u = encode_prompts(pipe, [FOX]*b), encode_prompts(pipe, ['']*b)
-    race('batched guidance against two forwards, batch 1', lambda: ask(pipe, x[:1], 500, [u[:1], c[:1]]), lambda: [ask(pipe, x[:1], 500, [o[:1]]) for o in (u, c)], 5*repeats, 1.5 if GPU else None, model=model)
+    race('batched guidance against two forwards, batch 1', lambda: ask(pipe, x[:1], 500, [u[:1], c[:1]]), lambda: [ask(pipe, x[:1], 500, [o[:1]]) for o in (u, c)], 5*repeats, bar=1.5 if GPU else None, model=model)
     race(f'batched guidance against two forwards, batch {b}', lambda: ask(pipe, x, 500, [u, c]), lambda: [ask(pipe, x, 500, [o]) for o in (u, c)], 5*repeats, model=model)
-    race('loop against pipeline, n=8', lambda: sample(pipe, FOX, n=8, steps=20), lambda: theirs(pipe, n=8, steps=20, guidance=7.5), repeats, 1.1, model=model)
+    race('loop against pipeline, n=8', lambda: sample(pipe, FOX, n=8, steps=20), lambda: theirs(pipe, n=8, steps=20, guidance=7.5), repeats, bar=1.1, model=model)
     fast = tune(copy.deepcopy(pipe), channels_last=True)
     race('loop with channels last against pipeline, n=8', lambda: sample(fast, FOX, n=8, steps=20), lambda: theirs(pipe, n=8, steps=20, guidance=7.5), repeats, model=model)
     del fast
     race('loop against one image at a time, n=8', lambda: sample(pipe, FOX, n=8, steps=20), lambda: [sample(pipe, FOX, index=i, steps=20) for i in range(8)], repeats, model=model)
-    race('interval (0.2, 0.7) against the whole way, n=4', lambda: sample(pipe, FOX, n=4, steps=30, interval=(0.2, 0.7)), lambda: sample(pipe, FOX, n=4, steps=30), repeats, 1.3, model=model)
+    race('interval (0.2, 0.7) against the whole way, n=4', lambda: sample(pipe, FOX, n=4, steps=30, interval=(0.2, 0.7)), lambda: sample(pipe, FOX, n=4, steps=30), repeats, bar=1.3, model=model)
     if model == 'bundled': prompt_fidelity(pipe)
 
 
@@ -121,6 +103,7 @@ def prompt_fidelity(pipe, n=4, steps=30): # the other half of the interval's bar
 
 
 def main(repeats=3, models=('bundled', 'sd15')):
+    machine()
     torch.set_grad_enabled(False)
     if 'bundled' in models:
         pipe = load_pipeline()

@@ -12,12 +12,11 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from common import in_turn, line, machine
+
 from blipbooth.all import *
 
 WIDTHS = 320, 192, 128, 64, 32  # of the UNet's first level
-
-
-def line(name, a, b, unit, **more): print(json.dumps(dict(name=name, ours=round(a, 5), peer=round(b, 5), ratio=round(b/a, 3), unit=unit, **more)), flush=True)
 
 
 def shaped(width, device):
@@ -115,35 +114,25 @@ class Floor:
         if self.x.is_cuda: torch.cuda.synchronize()
 
 
-def in_turn(a, b, repeats):
-    a.step(); b.step()
-    times = [[], []]
-    for _ in range(repeats):
-        for side, ts in zip((a, b), times):
-            t = time.perf_counter(); side.step()
-            if torch.cuda.is_available(): torch.cuda.synchronize()
-            ts.append(time.perf_counter() - t)
-    return map(statistics.median, times)
-
-
 WAYS = {'full UNet': ['train.text_encoder=off'], 'LoRA on the UNet': ['train.unet=lora', 'train.text_encoder=off']}
 
 
+def pair(pipe, other, cfg, repeats): # median seconds of a step of ours and of the other side
+    return in_turn(Ours(pipe(), cfg).step, other(pipe(), cfg).step, repeats)
+
+
 def speed(o):
-    for name, said in WAYS.items():
-        cfg = config(o.pixels, *said)
-        a, b = in_turn(Ours(shaped(o.width, o.device), cfg), Plain(shaped(o.width, o.device), cfg), o.repeats)
-        line(f'{name}, a step', a, b, 's', width=o.width, pixels=o.pixels)
-    cfg = config(64)
-    a, b = in_turn(Ours(load_pipeline(device=o.device), cfg), Plain(load_pipeline(device=o.device), cfg), 3*o.repeats)
-    line('bundled model, UNet and text encoder, a step', a, b, 's')
+    for (name, said), bar in zip(WAYS.items(), (1.35, 1.5)):
+        a, b = pair(lambda: shaped(o.width, o.device), Plain, config(o.pixels, *said), o.repeats)
+        line(f'{name}, a step, width {o.width}, {o.pixels} pixels', ours=round(a, 5), peer=round(b, 5), ratio=round(b/a, 3), unit='s', bar=bar)
+    a, b = pair(lambda: load_pipeline(device=o.device), Plain, config(64), 3*o.repeats)
+    line('bundled model, UNet and text encoder, a step', ours=round(a, 5), peer=round(b, 5), ratio=round(b/a, 3), unit='s', bar=1.3)
 
 
 def floor(o):
     for name, said in WAYS.items():
-        cfg = config(o.pixels, *said, 'clip=0')
-        a, b = in_turn(Ours(shaped(o.width, o.device), cfg), Floor(shaped(o.width, o.device), cfg), o.repeats)
-        print(json.dumps(dict(name=f'{name}, time beyond the floor', ours=round(a, 5), peer=round(b, 5), ratio=round(a/b - 1, 4), unit='share of the floor', width=o.width, pixels=o.pixels)), flush=True)
+        a, b = pair(lambda: shaped(o.width, o.device), Floor, config(o.pixels, *said, 'clip=0'), o.repeats)
+        line(f'{name}, a step against the floor', ours=round(a, 5), peer=round(b, 5), ratio=round(a/b, 4), unit='s', bar='<1.08')
 
 
 def pause(o):
@@ -155,7 +144,8 @@ def pause(o):
             t = time.perf_counter(); save_checkpoint(side.learn, Path(d)/'step'); ours.append(time.perf_counter() - t)
             data = b''.join(f.read_bytes() for f in (Path(d)/'step').iterdir())
             t = time.perf_counter(); atomic_write(Path(d)/'once', data); once.append(time.perf_counter() - t)
-        line("a checkpoint's pause against writing its bytes once", statistics.median(ours), statistics.median(once), 's', bytes=len(data))
+        a, b = statistics.median(ours), statistics.median(once)
+        line(f"a checkpoint's pause against writing its {len(data)//10**6} MB once", ours=round(a, 4), peer=round(b, 4), ratio=round(a/b, 3), unit='s', bar='<1.5')
 
 
 def status(key): return next(int(x.split()[1])/1024 for x in open('/proc/self/status') if x.startswith(key))
@@ -183,7 +173,7 @@ def measured(o, which, said):
 def memory(o):
     said = WAYS['LoRA on the UNet']
     a, b = (measured(o, which, said)['mb'] for which in ('ours', 'plain'))
-    print(json.dumps(dict(name='LoRA on the UNet, peak memory', ours=round(a), peer=round(b), ratio=round(a/b, 3), unit='MB', width=o.width, pixels=o.pixels)), flush=True)
+    line('LoRA on the UNet, peak memory', ours=round(a), peer=round(b), ratio=round(a/b, 3), unit='MB', bar='<0.75')
 
 
 def ways(o):
@@ -198,7 +188,7 @@ def ways(o):
                 pipe = load_pipeline(device='cpu') if o.width == 0 else shaped(o.width, 'cpu')
                 e = estimate(pipe, config(64 if o.width == 0 else o.pixels, *said)).peak/2**20
                 whole = whole or m['mb']
-                print(json.dumps(dict(name=f'UNet {unet}, text encoder {text}, token {token}', ours=round(m['mb']), peer=round(whole), ratio=round(m['mb']/whole, 3), unit='MB', estimate=round(e), seconds=round(m['s'], 3))), flush=True)
+                line(f'UNet {unet}, text encoder {text}, token {token}', ours=round(m['mb']), peer=round(whole), ratio=round(m['mb']/whole, 3), unit='MB', estimate=round(e), seconds=round(m['s'], 3))
 
 
 if __name__ == '__main__':
@@ -214,4 +204,5 @@ if __name__ == '__main__':
     if o.width < 0: o.width = fits(o.pixels)
     if o.peak: peak(o, o.peak, o.said)
     else:
+        machine()
         for f in o.only: globals()[f](o)
