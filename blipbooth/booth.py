@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Booth', 'demo']
 
-# %% ../nbs/20_booth.ipynb #684450d1
+# %% ../nbs/20_booth.ipynb #4c2b5330
 import dataclasses, json, os, time
 from contextlib import contextmanager
 from functools import cached_property
@@ -16,14 +16,14 @@ from .callbacks import Best, Checkpoints
 from .captioning import Captioner
 from .concept import Concept, check_name, read_captions
 from .core import BoothError, Settings, atomic_write, load_json, out_dir, read_jsonl, save_json
-from .dreambooth import DreamBoothConfig, build_learner, check_photos, estimate, load_concepts, open_run, resolution
+from .dreambooth import DreamBoothConfig, build_learner, check_named, check_photos, estimate, load_concepts, open_run, resolution
 from .evaluation import Report, measure, prompt_fidelity, recipe, subject_fidelity
 from .images import contact_sheet, load_images
 from .matching import Matcher
 from .priors import article, class_prompts, load_priors, make_priors as draw_priors
-from .sampling import load_pipeline, sample
+from .sampling import load_pipeline, sample, save_print
 
-# %% ../nbs/20_booth.ipynb #b957422d
+# %% ../nbs/20_booth.ipynb #abd42bdd
 class Booth:
     "A session: one subject, one run folder."
     def __init__(self,
@@ -44,6 +44,7 @@ class Booth:
         c.photos = str(photos) if isinstance(photos, (str, Path)) else c.photos if photos is None else ''
         own = f"cuda:{os.environ['LOCAL_RANK']}" if device is None and 'LOCAL_RANK' in os.environ and Settings.auto().device == 'cuda' else device  # a GPU a process
         self.cfg, self.device, self.seconds = config, Settings.auto(own).device, {}
+        check_named(c)
         check_name(self.pipe.tokenizer, c.token, c.class_noun)
         resolution(c, self.pipe)
         c.out = str(out or c.out or Path('runs')/c.class_noun.replace(' ', '-'))
@@ -192,20 +193,17 @@ def print(self:Booth,
     "Print the subject somewhere."
     return L(sample(self.model, prompt.replace('{subject}', self.subject), n, steps, guidance, seed=seed, **kw))
 
-# %% ../nbs/20_booth.ipynb #bf33e169
+# %% ../nbs/20_booth.ipynb #dbfa3f67
 @patch
 def save_prints(self:Booth,
     prompts,  # texts with {subject}, one print each
     seed:int=0, # print i has seed `seed + i`
 ) -> L:       # of files in samples/
     "Print once per prompt into the run folder."
-    samples, files = out_dir(self.out/'samples'), L()
+    samples = out_dir(self.out/'samples')
     with _stage(self, 'print'):
         images = sample(self.model, [p.replace('{subject}', self.subject) for p in prompts], seed=[seed + i for i in range(len(prompts))], steps=30, guidance=5.)
-        for i, im in enumerate(images):
-            files.append(samples/f'{i:02d}.png')
-            im.save(files[-1])
-    return files
+        return L(save_print(im, samples/f'{i:02d}.png') for i, im in enumerate(images))
 
 # %% ../nbs/20_booth.ipynb #2cff56af
 _COLOURS = 'purple green red yellow blue pink orange white gray black'.split()

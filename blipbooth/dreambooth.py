@@ -6,8 +6,9 @@
 __all__ = ['PRESETS', 'TrainConfig', 'PriorConfig', 'LossConfig', 'CheckpointConfig', 'PrintsConfig', 'DataConfig',
            'ConceptConfig', 'DreamBoothConfig', 'preset', 'config_fields', 'check_photos', 'load_concepts', 'Trained',
            'choose_parts', 'token_rows', 'parameter_table', 'DreamBoothLoss', 'learning_rates', 'parameter_groups',
-           'lr_factor', 'make_optimizer', 'make_schedule', 'resolution', 'data_options', 'made_with', 'spare_parts',
-           'run_callbacks', 'build_learner', 'Estimate', 'estimate', 'open_run', 'merge_lora', 'export_pipeline']
+           'lr_factor', 'make_optimizer', 'make_schedule', 'check_named', 'resolution', 'data_options', 'made_with',
+           'spare_parts', 'run_callbacks', 'build_learner', 'Estimate', 'estimate', 'open_run', 'merge_lora',
+           'export_pipeline']
 
 # %% ../nbs/13_dreambooth.ipynb #417ccfe5
 import dataclasses, json, math, warnings, weakref
@@ -393,7 +394,7 @@ def __call__(self:DreamBoothLoss,
     loss, subject, prior = prior_loss(each, b['n_subject'], self.weight)
     return dict(loss=loss, subject=subject, prior=prior)
 
-# %% ../nbs/13_dreambooth.ipynb #f573ce09
+# %% ../nbs/13_dreambooth.ipynb #6076a723
 def learning_rates(
     cfg,  # DreamBoothConfig
     pipe, # StableDiffusionPipeline
@@ -451,6 +452,13 @@ def make_schedule(
     if '.' not in cfg.schedule: return torch.optim.lr_scheduler.LambdaLR(opt, lambda s: lr_factor(cfg, s))
     return _made(cfg.schedule, _named('schedule', cfg.schedule, 'torch.optim.lr_scheduler.StepLR'), opt, cfg.schedule_args, 'schedule_args')
 
+def check_named(
+    cfg, # DreamBoothConfig
+):
+    "Refuse an optimizer, a schedule or a tracker that cannot be had, or arguments they do not take."
+    check_trackers(cfg.trackers)
+    make_schedule(cfg, make_optimizer(cfg, [dict(params=[torch.nn.Parameter(torch.zeros(1))], lr=cfg.lr)]))
+
 def resolution(cfg, pipe):
     "The configured resolution, or the model's own."
     size, f = cfg.resolution or pipe.unet.config.sample_size*pipe.vae_scale_factor, pipe.vae_scale_factor*2**(len(pipe.unet.config.block_out_channels) - 1)
@@ -482,10 +490,10 @@ def made_with(
     info |= dict(photo_hashes=all_of(lambda c: [p.hash for p in c.photos]), captions=all_of(lambda c: c.captions), priors=all_of(lambda c: [r['hash'] for r in c.priors.kept] if c.priors else []))
     return info | dict(subjects=[[c.subject, len(c.photos), c.weight] for c in concepts], masks=all_of(lambda c: [file_hash(m.tobytes()) for m in c.masks or ()]))
 
-# %% ../nbs/13_dreambooth.ipynb #03cc9496
+# %% ../nbs/13_dreambooth.ipynb #4f758019
 def _check_concepts(pipe, concepts, cfg):
     "Names the model can learn, enough photos, masks where they are asked for."
-    check_trackers(cfg.trackers)
+    check_named(cfg)
     check_photos(cfg, [p for c in concepts for p in c.photos])
     for c in concepts:
         check_name(pipe.tokenizer, c.token, c.class_noun)
