@@ -56,6 +56,13 @@ def vision_share(repeats):
     line('vision encoder, share of the matrix-multiply rate', ours=round(rate, 1), peer=round(best, 1), ratio=round(rate/best, 3), unit='GFLOP/s', bar=.6)
 
 
+def memory_rate(repeats): # what a step cannot be quicker than: the decoder's weights, read once
+    weights = [torch.randn(3072, 768).view(torch.int64) for _ in range(52)]
+    size = sum(w.numel()*8 for w in weights)
+    a, _ = in_turn(lambda: [w.sum() for w in weights], lambda: None, 3*repeats)
+    line(f'reading {size/1e6:.0f} MB, what a step of the decoder reads of weights', ours=round(size/a/1e9, 1), unit='GB/s')
+
+
 def same_ids(n=200):
     cap, rng = Captioner.from_pretrained(device='cpu'), np.random.default_rng(0)
     size = cap.model.config.vision_config.image_size
@@ -100,4 +107,4 @@ if __name__ == '__main__':
         if sys.argv[1:]: torch.set_num_threads(int(sys.argv[1]))
         repeats = int(sys.argv[2]) if sys.argv[2:] else 5
         machine()
-        same_ids(); speed(repeats); vision_share(repeats); memory()
+        same_ids(); speed(repeats); vision_share(repeats); memory_rate(repeats); memory()
