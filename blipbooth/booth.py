@@ -23,7 +23,7 @@ from .matching import Matcher
 from .priors import article, class_prompts, load_priors, make_priors as draw_priors
 from .sampling import load_pipeline, sample, save_print
 
-# %% ../nbs/20_booth.ipynb #abd42bdd
+# %% ../nbs/20_booth.ipynb #d115e1c2
 class Booth:
     "A session: one subject, one run folder."
     def __init__(self,
@@ -56,6 +56,8 @@ class Booth:
     def captioner(self): return Captioner.from_pretrained(device=self.device)
     @cached_property
     def matcher(self): return Matcher.from_pretrained(device=self.device)
+    @cached_property
+    def model(self): return open_run(self.out)[0].to(self.device)  # what the run has learned: the best checkpoint, or the last; averaged, if it keeps an average
     @property
     def subject(self): return f'{self.cfg.token} {self.cfg.class_noun}'
     def __repr__(self): return f'Booth({self.subject!r}, {len(self.photos)} photos, {self.out.name}/)'
@@ -137,27 +139,26 @@ def estimate(self:Booth): # Estimate
     save_json(f, dict(dataclasses.asdict(found), peak=found.peak))
     return found
 
-# %% ../nbs/20_booth.ipynb #cc9def49
+# %% ../nbs/20_booth.ipynb #a028cbb8
 @patch
 def train(self:Booth,
     resume:bool=True, # go on from a checkpoint in the run folder
     cbs=(),           # further callbacks
     anyway:bool=False,# go on even if configuration or photos are no longer those of the checkpoint
 ):
-    "Learn the subject; the trained pipeline is `self.trained`."
+    "Learn the subject; the trained pipeline is `self.model`."
     from accelerate import PartialState
     found = Checkpoints(self.out/'checkpoints').last()
     if found and not resume: raise BoothError(f"{self.out} holds a trained run already ({found.name}); resume it or choose another out=")
     with PartialState(cpu=self.device == 'cpu').main_process_first():
         concepts = self.learned()
         if not (self.out/'estimate.json').exists(): self.estimate()
-    for name in ('pipe', 'captioner', 'matcher'): self.__dict__.pop(name, None)
+    for name in ('pipe', 'captioner', 'matcher', 'model'): self.__dict__.pop(name, None)
     with _stage(self, 'train'):
         pipe = load_pipeline(self.cfg.model or None, device=self.device)
         judges = [self.judge(pipe)] if self.cfg.checkpoint.best else []
         self.learner = build_learner(pipe, concepts, self.cfg, self.out, resume=True, cbs=[*judges, *cbs], anyway=anyway).fit()
     if self.learner.cancelled and not any(getattr(c, 'stop', False) for c in judges): raise KeyboardInterrupt(self.learner.cancelled)
-    self.trained = pipe
     return self.learner
 
 # %% ../nbs/20_booth.ipynb #72d35820
@@ -175,12 +176,7 @@ def judge(self:Booth,
         return subject_fidelity(self.matcher, prints, self.photos) if c.best == 'subject_fidelity' else prompt_fidelity(self.captioner, prints, asked)
     return Best(score, self.out/'logs'/'scores.jsonl', patience=c.patience)
 
-# %% ../nbs/20_booth.ipynb #1134c096
-@patch(as_prop=True)
-def model(self:Booth): # the trained StableDiffusionPipeline
-    if not hasattr(self, 'trained'): self.trained = open_run(self.out)[0].to(self.device)
-    return self.trained
-
+# %% ../nbs/20_booth.ipynb #25215c5d
 @patch
 def print(self:Booth,
     prompt:str,         # such as "a {subject} on a purple background"
@@ -193,7 +189,7 @@ def print(self:Booth,
     "Print the subject somewhere."
     return L(sample(self.model, prompt.replace('{subject}', self.subject), n, steps, guidance, seed=seed, **kw))
 
-# %% ../nbs/20_booth.ipynb #dbfa3f67
+# %% ../nbs/20_booth.ipynb #28358477
 @patch
 def save_prints(self:Booth,
     prompts,  # texts with {subject}, one print each
@@ -205,7 +201,7 @@ def save_prints(self:Booth,
         images = sample(self.model, [p.replace('{subject}', self.subject) for p in prompts], seed=[seed + i for i in range(len(prompts))], steps=30, guidance=5.)
         return L(save_print(im, samples/f'{i:02d}.png') for i, im in enumerate(images))
 
-# %% ../nbs/20_booth.ipynb #2cff56af
+# %% ../nbs/20_booth.ipynb #db043087
 _COLOURS = 'purple green red yellow blue pink orange white gray black'.split()
 
 @patch
@@ -231,7 +227,7 @@ def prints_of(self:Booth,
     kw = dict(steps=steps, guidance=guidance)
     return sample(pipe, prompts, seed=[seed + i for i in range(len(prompts))], **kw), sample(pipe, article(self.cfg.class_noun), n_class, seed=seed, **kw)
 
-# %% ../nbs/20_booth.ipynb #c4b5acc1
+# %% ../nbs/20_booth.ipynb #7cd02546
 @patch
 def evaluate(self:Booth,
     **kw, # steps, guidance, seed, n_class: see `Booth.prints_of`
@@ -250,7 +246,7 @@ def evaluate(self:Booth,
     contact_sheet({k: rows[k] for k in list(rows)[:3]}, cell=112).save(self.out/'contact-sheet.png')
     return self.report
 
-# %% ../nbs/20_booth.ipynb #842c3c21
+# %% ../nbs/20_booth.ipynb #401c16cd
 def demo(
     out='runs/demo',     # run folder
     subject:str='fox',   # one of the subjects that come with the package
