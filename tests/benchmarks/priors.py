@@ -1,60 +1,91 @@
-"""What holds a model in place, on held-out subjects: `python tests/benchmarks/priors.py [SUBJECT …] [key=value …]`.
+"""What holds a model in place, on held-out subjects: `python tests/benchmarks/priors.py [SUBJECT …] [kind=KIND …] [into=FILE] [key=value …]`.
 
-Six trainings a subject, alike but for the class half: none, class images as they come, the same filtered by the matcher and without near-duplicates
-("filter"), the filter with class images in the photos' places ("places"), class images drawn while it trains, and the frozen model's own
-answers. One JSON line a training: subject fidelity ("ours"; "peer" is the untouched model's), prompt fidelity, PRES and DIV after training,
-the share of class images that was rejected, and the seconds of making the class images and of training. At the end, the means of each kind."""
-import json, sys, tempfile, time
+Trainings that are alike but for the class half: class images as they come ("all"), the same drawings less those that the matcher turns away and
+less near-duplicates ("filtered", with as many drawn anew in their places), the frozen model's own answers ("prediction"), and, where they are asked for,
+no class half ("none") or class images drawn while it trains ("drawn"). One JSON line a training: subject fidelity ("ours"; "peer" is the untouched model's),
+prompt fidelity, PRES and DIV afterwards, the share of the tries that was refused, and the seconds of training. At the end, the means of each kind.
+
+With `into=FILE` the lines are kept there, and a second call goes on behind them."""
+import json, sys, tempfile
 from pathlib import Path
 
+from common import machine
+
 from blipbooth.booth import Booth
-from blipbooth.core import subject_photos
+from blipbooth.core import append_jsonl, read_jsonl, subject_photos
 from blipbooth.dreambooth import DreamBoothConfig
-from blipbooth.priors import class_prompts, make_priors, on_the_fly, prior_prediction
+from blipbooth.evaluation import measure
+from blipbooth.priors import Priors, article, class_prompts, make_priors, on_the_fly, prior_prediction
 from blipbooth.sampling import load_pipeline
 
-THRESHOLD, DEDUPE = .5, .995
+KINDS = 'all', 'filtered', 'prediction'
+THRESHOLD, DEDUPE = .6, .98
+LOOK = dict(steps=20, n_class=8)
+NUMBERS = 'ours', 'peer', 'prompt', 'pres', 'div', 'seconds'
 
 
-def class_half(kind, booth): # (class images or None, callbacks)
-    cfg, noun, captions = booth.cfg, booth.cfg.class_noun, [c.text for c in booth.captions]
-    if kind == 'drawn while it trains': return None, [on_the_fly(load_pipeline(), noun, every=max(1, cfg.steps//cfg.prior.n), seed=cfg.seed)]
-    if kind == 'prior prediction': return None, [prior_prediction(load_pipeline(), noun, seed=cfg.seed)]
-    choose = dict(matcher=booth.matcher, threshold=THRESHOLD, dedupe=DEDUPE, tries=8) if kind in ('filter', 'places') else {}
-    prompts = class_prompts(noun, captions if kind == 'places' else ())
-    return make_priors(booth.pipe, noun, cfg.prior.n, booth.out/'priors', cfg.seed, prompts, **choose), []
+def class_images(booth): # as they come, and filtered: the first n tries of one drawing, and the first n of its tries that pass
+    prompts, n = class_prompts(booth.cfg.class_noun, [c.text for c in booth.captions]), booth.cfg.prior.n
+    kept = make_priors(booth.pipe, booth.cfg.class_noun, n, booth.out/'priors', booth.cfg.seed, prompts, booth.matcher, THRESHOLD, DEDUPE, steps=20, tries=8)
+    return dict(all=Priors(kept.folder, [{**r, 'kept': True, 'why': None} for r in kept.records[:n]]), filtered=kept)
 
 
-KINDS = 'none', 'as they come', 'filter', 'places', 'drawn while it trains', 'prior prediction'
+def look(booth, pipe, name): # the four numbers of one model
+    prints, drawn = booth.prints_of(pipe, name, **LOOK)
+    return measure(booth.matcher, booth.captioner, booth.photos, prints, [f'{article(booth.cfg.class_noun)} {p}' for p in booth.places()], drawn)
 
 
-def session(kind, subject, out, overrides):
-    free = ['prior.weight=0'] if kind == 'none' else []
-    booth = Booth(subject_photos(subject), class_noun=subject, out=out, config=DreamBoothConfig.load(None, *overrides, *free))
+def opened(subject, out, overrides):
+    booth = Booth(subject_photos(subject), class_noun=subject, out=out, config=DreamBoothConfig.load(None, *overrides))
     booth.caption()
-    start = time.perf_counter()
-    booth.priors, cbs = class_half(kind, booth) if kind != 'none' else (None, [])
-    made = time.perf_counter() - start
+    return booth
+
+
+def trained(subject, kind, out, images, overrides): # the numbers afterwards
+    booth = opened(subject, out, overrides + (['prior.weight=0'] if kind == 'none' else []))
+    booth.priors, c, cbs = images.get(kind), booth.cfg, []
+    if kind == 'drawn': cbs = [on_the_fly(load_pipeline(), subject, every=max(1, c.steps//c.prior.n), seed=c.seed)]
+    if kind == 'prediction': cbs = [prior_prediction(load_pipeline(), subject, seed=c.seed)]
     booth.train(cbs=cbs)
-    m = booth.evaluate().metrics
-    f = m['subject_fidelity']
-    return dict(kind=kind, subject=subject, ours=f['after'], peer=f['before'], ratio=f['after']/f['before'], unit='cosine', prompt=m['prompt_fidelity']['after'],
-                pres=m['pres']['after'], div=m['div']['after'], rejected=booth.priors.rejection_rate if booth.priors else None,
-                seconds_priors=round(made, 1), seconds_train=booth.seconds['train'])
+    return look(booth, booth.model, booth.subject), booth.seconds['train']
+
+
+def session(subject, kinds, overrides, keep):
+    with tempfile.TemporaryDirectory() as d:
+        booth = opened(subject, Path(d)/'untouched', overrides)
+        before = look(booth, booth.pipe, subject)
+        images = class_images(booth) if {'all', 'filtered'} & set(kinds) else {}
+        for kind in kinds:
+            after, seconds = trained(subject, kind, Path(d)/kind, images, overrides)
+            ours, peer = after['subject_fidelity'], before['subject_fidelity']
+            keep(dict(name=f'{subject}, {kind}', ours=ours, peer=peer, ratio=ours/peer, unit='cosine', prompt=after['prompt_fidelity'], pres=after['pres'], div=after['div'],
+                      before={k: before[k] for k in ('prompt_fidelity', 'pres', 'div')}, **dict(refused=images[kind].rejection_rate) if kind == 'filtered' else {}, seconds=seconds))
+
+
+def means(lines): # only of subjects that every kind has trained on
+    by = {}
+    for r in lines: by.setdefault(r['name'].split(', ')[-1], {})[r['name'].split(', ')[0]] = r
+    common = set.intersection(*map(set, by.values()))
+    for kind, rows in by.items():
+        mean = {k: sum(rows[s][k] for s in common)/len(common) for k in NUMBERS}
+        yield dict(name=f'mean of {len(common)}, {kind}', **{k: round(v, 4) for k, v in mean.items()}, ratio=round(mean['ours']/mean['peer'], 3), unit='cosine')
 
 
 def main(args):
-    overrides = [a for a in args if '=' in a]
+    said = lambda key: [a.split('=', 1)[1] for a in args if a.startswith(f'{key}=')]
+    overrides = [a for a in args if '=' in a and a.split('=')[0] not in ('kind', 'into')]
     names = [a for a in args if '=' not in a] or sorted(p.name for p in subject_photos('fox').parent.iterdir() if p.is_dir())
-    lines = []
+    kinds, into = said('kind') or KINDS, said('into')
+    lines = [r for r in read_jsonl(into[0]) if 'machine' not in r and not r['name'].startswith('mean')] if into else []
+    def keep(r):
+        lines.append(r)
+        print(json.dumps(r), flush=True)
+        if into: append_jsonl(into[0], r)
+    if not lines: machine()
     for name in names:
-        for kind in KINDS:
-            with tempfile.TemporaryDirectory() as d: lines.append(dict(name=f'{name}, {kind}', **session(kind, name, Path(d), overrides)))
-            print(json.dumps(lines[-1]), flush=True)
-    for kind in KINDS:
-        of = [r for r in lines if r['kind'] == kind]
-        mean = {k: round(sum(r[k] for r in of)/len(of), 4) for k in ('ours', 'peer', 'ratio', 'prompt', 'pres', 'div', 'seconds_priors', 'seconds_train')}
-        print(json.dumps(dict(name=f'mean, {kind}', unit='cosine', subjects=len(of), **mean)), flush=True)
+        todo = [k for k in kinds if f'{name}, {k}' not in [r['name'] for r in lines]]
+        if todo: session(name, todo, overrides, keep)
+    for r in means(lines): print(json.dumps(r), flush=True)
 
 
 if __name__ == '__main__': main(sys.argv[1:])
