@@ -6,10 +6,11 @@
 __all__ = ['load_pipeline', 'tune', 'schedulers', 'make_scheduler', 'parse_weights', 'encode_prompts', 'fill', 'ask', 'predict',
            'denoise', 'decode', 'fingerprint', 'sample', 'Preview', 'live', 'save_print', 'read_recipe', 'sweep']
 
-# %% ../nbs/08_sampling.ipynb #9256ed9a
+# %% ../nbs/08_sampling.ipynb #47ced644
 import dataclasses, inspect, io, itertools, json, math, numbers, re, sys
 from collections import namedtuple
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 import diffusers, torch
@@ -214,7 +215,7 @@ def fill(
     if not subject: raise BoothError(f"the prompt {prompt!r} has a place for a subject, and there is none; give it, such as subject='sks dog'")
     return prompt.replace('{subject}', str(subject))
 
-# %% ../nbs/08_sampling.ipynb #d38441e6
+# %% ../nbs/08_sampling.ipynb #07722bbf
 def ask(
     pipe, # StableDiffusionPipeline
     x, # latents at `t`, scaled for the model (b, c, h, w)
@@ -224,8 +225,15 @@ def ask(
 ): # the model's answers, one (b, c, h, w) for each of `texts`
     "What the model says about `x` for each text, in one forward."
     k = len(texts)
+    if k == 1: return pipe.unet(x, t, encoder_hidden_states=texts[0], return_dict=False, **kwargs)[0],
     more = {name: torch.cat([o]*k) for name, o in kwargs.items()}
-    return pipe.unet(torch.cat([x]*k), t, encoder_hidden_states=torch.cat(list(texts)), return_dict=False, **more)[0].chunk(k)
+    together = texts.together if isinstance(texts, _Texts) else torch.cat(list(texts))
+    return pipe.unet(torch.cat([x]*k), t, encoder_hidden_states=together, return_dict=False, **more)[0].chunk(k)
+
+class _Texts(list):
+    "Embeddings that are laid end to end once."
+    @cached_property
+    def together(self): return torch.cat(self)
 
 # %% ../nbs/08_sampling.ipynb #b7ee6e49
 def predict(
@@ -247,7 +255,34 @@ def predict(
     clean, before = guidance.mix([predict_x0(kind, o, x, *scale) for o in answers], g, before)
     return answer_for(kind, clean, x, *scale), before
 
-# %% ../nbs/08_sampling.ipynb #ac7fbd0c
+# %% ../nbs/08_sampling.ipynb #3e7f2d4e
+def _remembering(forward, most=4):
+    "A layer's forward that works out each of the last few tensors once."
+    known = {}
+    def remembered(x, *args, **kwargs):
+        if id(x) not in known:
+            if len(known) == most: known.clear()
+            known[id(x)] = x, forward(x, *args, **kwargs) # x is kept as well, so that its id stays its own
+        return known[id(x)][1]
+    return remembered
+
+@contextmanager
+def _text_once(unet):
+    "While it lasts, the UNet makes keys and values of a text once."
+    compiled = hasattr(unet, '_orig_mod') or getattr(unet, '_compiled_call_impl', None)
+    cross = [] if compiled else [o for name, o in unet.named_modules() if name.endswith('attn2') and o.is_cross_attention]
+    layers = [p for o in cross for p in (o.to_k, o.to_v)]
+    if cross and unet.config.addition_embed_type == 'text': layers.append(unet.add_embedding)
+    was = [vars(o).get('forward') for o in layers]
+    try:
+        for o in layers: o.forward = _remembering(o.forward)
+        yield
+    finally:
+        for o, f in zip(layers, was):
+            del o.forward
+            if f: o.forward = f
+
+# %% ../nbs/08_sampling.ipynb #4e1104c2
 def _skipped(scheduler, steps, strength):
     "How many timesteps are left out at the start, for a print that begins with a photo."
     return max(steps - int(steps*strength), 0)*getattr(scheduler, 'order', 1)
@@ -266,7 +301,7 @@ def _hold(scheduler, x, noise, known, mask, following):
     there = scheduler.add_noise(known, noise, following) if len(following) else known
     return (1-mask)*there + mask*x
 
-# %% ../nbs/08_sampling.ipynb #564cae09
+# %% ../nbs/08_sampling.ipynb #35bd226b
 def denoise(
     pipe, # StableDiffusionPipeline
     noise, # standard normal noise (b, c, h, w)
@@ -287,15 +322,17 @@ def denoise(
     extra = dict(generator=generators) if 'generator' in inspect.signature(scheduler.step).parameters else {}
     whole, skipped, before = len(scheduler.timesteps), 0 if known is None else _skipped(scheduler, steps, strength), None
     x, timesteps = _begin(scheduler, noise, skipped, known, mask)
-    for i, t in enumerate(timesteps):
-        seen, scale = scheduler.scale_model_input(x, t), _scale(scheduler, t)
-        answer, before = predict(pipe, seen, t, texts, guidance, guidance.at(i+skipped, whole), before, scale, **kwargs)
-        x = scheduler.step(answer, t, x, **extra, return_dict=False)[0]
-        x = _hold(scheduler, x, noise, known, mask, timesteps[i+1:i+2])
-        if callback: callback(i+1, len(timesteps), _shown(callback, x, seen, answer, scale, i+1 == len(timesteps)))
+    texts, clean = _Texts(texts), guidance.how == 'apg' or getattr(callback, 'clean', False)
+    with _text_once(pipe.unet):
+        for i, t in enumerate(timesteps):
+            seen, scale = scheduler.scale_model_input(x, t), _scale(scheduler, t) if clean else None
+            answer, before = predict(pipe, seen, t, texts, guidance, guidance.at(i+skipped, whole), before, scale, **kwargs)
+            x = scheduler.step(answer, t, x, **extra, return_dict=False)[0]
+            x = _hold(scheduler, x, noise, known, mask, timesteps[i+1:i+2])
+            if callback: callback(i+1, len(timesteps), _shown(callback, x, seen, answer, scale, i+1 == len(timesteps)))
     return x
 
-# %% ../nbs/08_sampling.ipynb #c192f5ae
+# %% ../nbs/08_sampling.ipynb #1d6d90da
 def _scale(scheduler, t):
     "What the model is asked for, and how much signal and noise it sees."
     last = len(scheduler.alphas_cumprod) - 1
@@ -303,10 +340,11 @@ def _scale(scheduler, t):
 
 def _shown(callback, x, seen, answer, scale, last):
     "What a callback gets: the latents, or the clean picture they are thought to become."
+    if last or not getattr(callback, 'clean', False): return x
     kind, *scale = scale
-    return predict_x0(kind, answer, seen, *scale) if getattr(callback, 'clean', False) and not last else x
+    return predict_x0(kind, answer, seen, *scale)
 
-# %% ../nbs/08_sampling.ipynb #825821f7
+# %% ../nbs/08_sampling.ipynb #f556304e
 def decode(
     pipe, # StableDiffusionPipeline
     latents, # clean latents (b, c, h, w)
@@ -318,7 +356,7 @@ def decode(
     fine = None if refused is None else [not o for o in refused]
     return pipe.image_processor.postprocess(x, output_type='pil', do_denormalize=fine)
 
-# %% ../nbs/08_sampling.ipynb #422bc8ce
+# %% ../nbs/08_sampling.ipynb #7cf7186c
 def _each(x, prompts, name):
     "One value for each prompt, from one value or a list of them."
     if isinstance(x, str) or not hasattr(x, '__len__'): return [x]*len(prompts)
@@ -333,7 +371,7 @@ def _noise(shape, jobs):
     first = torch.stack([randn(shape, 'sample', o.seed, o.index) for o in jobs])
     return first, [generator('sample steps', o.seed, o.index) for o in jobs]
 
-# %% ../nbs/08_sampling.ipynb #9ce63be3
+# %% ../nbs/08_sampling.ipynb #06b771d9
 def _guidance(x, interval, rescale):
     "Guidance from whatever was given for it: a number, a list, a name, a dict from a recipe, or Guidance itself."
     if isinstance(x, str): x = Guidance(how=x)
@@ -352,7 +390,7 @@ def _doses(g, prompts, n):
     if len(g) == len(prompts)*n: return list(g)
     raise BoothError(f"{len(g)} values in guidance for {len(prompts)} prompts with {n} images each; give one, {len(prompts)} or {len(prompts)*n}")
 
-# %% ../nbs/08_sampling.ipynb #f9d12fcd
+# %% ../nbs/08_sampling.ipynb #0f4e5e35
 def _check_size(pipe, size):
     "Height and width in pixels; the size that the model was trained for if `size` is None."
     factor, own = pipe.vae_scale_factor, pipe.unet.config.sample_size
@@ -373,7 +411,7 @@ def _check_steps(scheduler, steps, strength=None):
     scheduler.set_timesteps(steps)
     return len(scheduler.timesteps) - (0 if strength is None else _skipped(scheduler, steps, strength))
 
-# %% ../nbs/08_sampling.ipynb #d1668c04
+# %% ../nbs/08_sampling.ipynb #45775a21
 def _check_numbers(n, batch, index):
     "Refuse what cannot be counted."
     _check_whole('n', n, 1, "print at least 1 image")
@@ -394,7 +432,7 @@ def _check_strength(steps, strength, init, mask):
     if int(steps*strength) < 1: raise BoothError(f"strength {strength} of {steps} steps leaves none; make it at least {math.ceil(100/steps)/100}")
     return strength
 
-# %% ../nbs/08_sampling.ipynb #4a7b4f38
+# %% ../nbs/08_sampling.ipynb #0f3f59e9
 def _pictures(x, prompts, name):
     "A photo for each prompt, or none, from one photo or a list of them."
     if x is None: return [None]*len(prompts)
@@ -417,7 +455,7 @@ def _mask(photo, size, shape):
     x = to_tensor([fit(photo, size).convert('L')])[:, :1]
     return torch.nn.functional.interpolate((x >= 0).float(), size=tuple(shape))
 
-# %% ../nbs/08_sampling.ipynb #46d2fb2a
+# %% ../nbs/08_sampling.ipynb #70117652
 @contextmanager
 def _inference(pipe):
     "Eval mode and no gradients; every module's own mode comes back at the end."
@@ -429,7 +467,7 @@ def _inference(pipe):
     finally:
         for m, mode in was: m.training = mode
 
-# %% ../nbs/08_sampling.ipynb #dda630da
+# %% ../nbs/08_sampling.ipynb #f571d9f3
 def _latent_shape(pipe, size):
     "Channels, height and width of an image's latents."
     return pipe.unet.config.in_channels, *(o//pipe.vae_scale_factor for o in size)
@@ -450,7 +488,7 @@ def _guidance_input(pipe, doses):
     embedded = pipe.get_guidance_scale_embedding(torch.tensor(doses, dtype=torch.float32)-1, embedding_dim=width)
     return dict(timestep_cond=embedded.to(pipe._execution_device, pipe.unet.dtype))
 
-# %% ../nbs/08_sampling.ipynb #d3f72212
+# %% ../nbs/08_sampling.ipynb #bd3db27e
 def _texts(pipe, jobs, long, restore_mean):
     "Embeddings of all texts of all jobs, by text and number of pieces; and the number of each job."
     count = {o: _chunk_count(pipe, o) if long else 1 for job in jobs for o in (job.prompt, job.negative)}
@@ -468,7 +506,7 @@ def _halves(pipe, jobs, embeds, k, guidance):
     if guidance.how != 'perp-neg' or not any(negatives): return [stack(negatives), stack(prompts)]
     return [stack(['']*len(jobs)), stack(prompts), stack(negatives)]
 
-# %% ../nbs/08_sampling.ipynb #73c31ba3
+# %% ../nbs/08_sampling.ipynb #b5880d47
 def _print_batch(pipe, jobs, embeds, k, size, guidance, return_latents, **kwargs):
     "Pictures, or clean latents, for one batch of jobs."
     where = dict(device=pipe._execution_device, dtype=pipe.unet.dtype)
@@ -480,7 +518,7 @@ def _print_batch(pipe, jobs, embeds, k, size, guidance, return_latents, **kwargs
         generators=generators, **_guidance_input(pipe, doses), **kwargs)
     return latents if return_latents else decode(pipe, latents)
 
-# %% ../nbs/08_sampling.ipynb #2f79d125
+# %% ../nbs/08_sampling.ipynb #17bc32b8
 def _out_of_memory(e):
     return isinstance(e, torch.OutOfMemoryError) or 'out of memory' in str(e) or "can't allocate memory" in str(e)
 
@@ -498,7 +536,7 @@ def _halve(jobs, todo):
     print(f"blipbooth: out of memory with {len(jobs)} images at a time; going on with {half}", file=sys.stderr)
     return [(o, k) for more, k in ((jobs, todo[0][1]), *todo[1:]) for o in _cut(more, half)]
 
-# %% ../nbs/08_sampling.ipynb #e7a061a7
+# %% ../nbs/08_sampling.ipynb #9fa75f05
 def _print(pipe, jobs, batch, callback, long, restore_mean, steps_each, **kwargs):
     "Print batch after batch, counting the steps."
     done, bar = [], progress(desc='printing', disable=True if callback else None)
@@ -519,7 +557,7 @@ def _print(pipe, jobs, batch, callback, long, restore_mean, steps_each, **kwargs
     pipe.maybe_free_model_hooks()
     return torch.cat(done) if kwargs['return_latents'] else [o for images in done for o in images]
 
-# %% ../nbs/08_sampling.ipynb #03390d09
+# %% ../nbs/08_sampling.ipynb #b16a605f
 def fingerprint(
     pipe, # StableDiffusionPipeline
 )->str: # 16 hexadecimal digits
@@ -528,7 +566,7 @@ def fingerprint(
     named = ((f'{part}.{name}', p) for part in ('unet', 'text_encoder', 'vae') for name, p in getattr(pipe, part).named_parameters())
     return weights_hash(named, json.dumps(schedule, sort_keys=True, default=str))
 
-# %% ../nbs/08_sampling.ipynb #f30f33c8
+# %% ../nbs/08_sampling.ipynb #840426fd
 def _recipe(job, guidance, scheduler, **shared):
     "What a print was made from, as plain values; `sample(pipe, **recipe)` makes it again."
     changes = {**guidance.changes(), 'g': job.g}
@@ -557,7 +595,7 @@ def _check_model(pipe, model):
     if model not in (None, mark): raise BoothError(f"the print was made by the model {model}, and this one is {mark}; load the other model, or leave model= out to print with this one")
     return mark
 
-# %% ../nbs/08_sampling.ipynb #7df69808
+# %% ../nbs/08_sampling.ipynb #4dd55eef
 def sample(
     pipe, # diffusers.StableDiffusionPipeline, or what `load_pipeline` takes
     prompt, # a text, or a list of texts; with `{subject}` and weights such as `(word:1.3)`
@@ -596,7 +634,7 @@ def sample(
     if return_latents: return prints
     return _signed(prints, jobs, guidance, scheduler, steps=steps, size=list(size), strength=strength, model=model, long=long, restore_mean=restore_mean)
 
-# %% ../nbs/08_sampling.ipynb #14a8b2de
+# %% ../nbs/08_sampling.ipynb #a0c8ae6f
 def _jobs(pipe, prompt, negative, subject, seed, n, index, guidance, init, mask, long):
     "Every image to print, checked."
     prompts = [fill(o, subject) for o in ([prompt] if isinstance(prompt, str) or not hasattr(prompt, '__iter__') else prompt)]
@@ -607,7 +645,7 @@ def _jobs(pipe, prompt, negative, subject, seed, n, index, guidance, init, mask,
     rows = list(zip(prompts, negatives, seeds, _pictures(init, prompts, 'init'), _pictures(mask, prompts, 'mask')))
     return [_Job(p, q, s, index+i, doses[k*n+i], x, m) for k, (p, q, s, x, m) in enumerate(rows) for i in range(n)]
 
-# %% ../nbs/08_sampling.ipynb #16cada83
+# %% ../nbs/08_sampling.ipynb #b920f73c
 class Preview:
     "A callback that decodes, every few steps, the picture that the model is making."
     clean = True
@@ -630,7 +668,7 @@ def live(): # for `show`: a function that shows a picture in one place of the no
     place = display(Image.new('RGB', (8, 8), 'white'), display_id=True)
     return place.update if place else lambda image: None
 
-# %% ../nbs/08_sampling.ipynb #c5c70983
+# %% ../nbs/08_sampling.ipynb #173d69ae
 def save_print(
     image, # a print from `sample`
     path, # where to; a PNG, which loses nothing
@@ -658,7 +696,7 @@ def read_recipe(
     if unknown: raise BoothError(f"the recipe in {path} has {unknown[0]!r}, which is nothing that a print is made from here; another version has written it")
     return recipe
 
-# %% ../nbs/08_sampling.ipynb #2e99c3bd
+# %% ../nbs/08_sampling.ipynb #e5dde9d7
 def _line(pipe, name, values, kwargs):
     "A print for each value of one parameter; in one batch where `sample` takes a list."
     many = {'prompt': str, 'negative': str, 'seed': int, 'guidance': (int, float)}
@@ -682,7 +720,7 @@ def sweep(
         if name not in known: raise BoothError(f"no parameter {name!r} to sweep; did you mean {nearest(name, known, 0.)!r}?")
     return _table([_line(pipe, col, cols, {**kwargs, row: o}) for o in rows], [_label(row, o) for o in rows], [_label(col, o) for o in cols], cell)
 
-# %% ../nbs/08_sampling.ipynb #6d59e081
+# %% ../nbs/08_sampling.ipynb #6628dcc6
 def _label(name, value):
     return value if name == 'prompt' else f'{name} {value}'
 
