@@ -6,7 +6,7 @@
 __all__ = ['Priors', 'article', 'place', 'class_prompts', 'decide', 'load_priors', 'make_priors', 'on_the_fly',
            'prior_prediction']
 
-# %% ../nbs/09_priors.ipynb #e5978d39
+# %% ../nbs/09_priors.ipynb #eb64ba7b
 import base64, itertools, json, math, os, time
 from collections import Counter
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from .core import (BoothError, append_jsonl, atomic_write, file_hash, generator,
     stateless_seed, weights_hash)
 from .diffusion import Guidance, add_noise, alpha_sigma, answer_for, predict_x0, _check_name, _within
 from .images import load_image, load_images, show_grid, to_tensor
-from .sampling import (_check_prompts, _check_size, _check_steps, _check_whole, _guidance, _inference, _own_scheduler, _token_limit, encode_prompts, fill,
+from .sampling import (_check_pipe, _check_prompts, _check_size, _check_steps, _check_whole, _guidance, _inference, _own_scheduler, _token_limit, encode_prompts, fill,
     fingerprint, sample, save_print)
 
 # %% ../nbs/09_priors.ipynb #585506f7
@@ -64,7 +64,7 @@ def place(
     start = next((i for i, w in enumerate(words) if i and w in _places), len(words))
     return ' '.join(words[start:])
 
-# %% ../nbs/09_priors.ipynb #2709f400
+# %% ../nbs/09_priors.ipynb #f7b9180d
 def class_prompts(
     class_noun:str, # what the subject is, such as "fox"
     captions=(),    # captions of the subject's photos: their places are used for the class, too
@@ -73,7 +73,8 @@ def class_prompts(
     "Prompts for class images: each template in each of the photos' places."
     bad = [t for t in templates if '{class}' not in t and '{noun}' not in t]
     if bad or not templates: raise BoothError(f"the template {bad[0] if bad else ''!r} names no class; write it with {{class}}, such as 'a photo of {{class}}'")
-    if not str(class_noun or '').strip(): raise BoothError("the class noun is empty; say what the subject is, such as fox")
+    if class_noun and not isinstance(class_noun, str): raise BoothError(f"class noun {class_noun!r} is not text; say what the subject is, such as fox")
+    if not (class_noun or '').strip(): raise BoothError("the class noun is empty; say what the subject is, such as fox")
     said = [t.replace('{class}', article(class_noun)).replace('{noun}', class_noun) for t in templates]
     places = [p for p in dict.fromkeys(map(place, captions)) if p]
     return list(dict.fromkeys(f'{s} {p}' for p in places for s in said)) if places else said
@@ -120,14 +121,20 @@ def _looks(matcher, images, class_noun):
     if matcher is None: return [None]*len(images), [None]*len(images)
     return matcher.match(images, [article(class_noun)])[:, 0].tolist(), [_packed(v) for v in matcher.embed_images(images)]
 
-# %% ../nbs/09_priors.ipynb #f5df18d3
-_fields = 'index', 'prompt', 'kept', 'file', 'hash'
+# %% ../nbs/09_priors.ipynb #05af4dc8
+_fields = 'index', 'prompt', 'kept', 'why', 'file', 'hash'
+
+def _whole(records, fields, path, folder):
+    "The records of a file, if each has its fields."
+    for i, r in enumerate(records, 1):
+        lacks = [k for k in fields if not isinstance(r, dict) or k not in r]
+        if lacks: raise BoothError(f"{path}, line {i}, has no {lacks[0]}; remove {folder} and make the priors again")
+        if not isinstance(r.get('file', ''), str): raise BoothError(f"{path}, line {i}, names the file {r['file']!r}, which is no text; remove {folder} and make the priors again")
+    return records
 
 def _checked(folder, records):
     "The set, if its files are what the records say."
-    for i, r in enumerate(records, 1):
-        lacks = [k for k in _fields if k not in r]
-        if lacks: raise BoothError(f"{folder/'manifest.jsonl'}, line {i}, has no {lacks[0]}; remove {folder} and make the priors again")
+    for r in _whole(records, _fields, folder/'manifest.jsonl', folder):
         if not r['kept']: continue
         f = folder/r['file']
         if not f.resolve().is_relative_to(folder.resolve()): raise BoothError(f"{folder/'manifest.jsonl'} lists {r['file']}, which is outside of its folder; remove {folder} and make the priors again")
@@ -151,7 +158,7 @@ def load_priors(
     if not records and (folder/'settings.json').exists(): raise BoothError(f"the class images in {folder} are not finished; make them again with the same settings, and they go on")
     return _checked(folder, records or _adopted(folder, class_noun, matcher, threshold, dedupe))
 
-# %% ../nbs/09_priors.ipynb #079a2f58
+# %% ../nbs/09_priors.ipynb #1f4c1086
 def _settings(pipe, class_noun, seed, prompts, matcher, threshold, dedupe, how):
     "What has to be equal for a folder to be gone on with, as plain values."
     judge = matcher and dict(model=weights_hash(matcher.model.named_parameters()), threshold=threshold, dedupe=dedupe)
@@ -170,11 +177,12 @@ def _owned(folder, settings):
         if (folder/'manifest.jsonl').exists(): raise BoothError(f"{folder} holds class images without their settings; use them with load_priors, or choose another folder")
         save_json(f, settings)
     old = load_json(f)
+    if not isinstance(old, dict): raise BoothError(f"{f} does not hold settings; remove {folder} and make the priors again")
     differ = [k for k in {**old, **settings} if old.get(k) != settings.get(k)]
     if differ: raise BoothError(f"{folder} holds class images made with another {', '.join(differ)}; choose another folder or remove it")
     return folder
 
-# %% ../nbs/09_priors.ipynb #c551bb61
+# %% ../nbs/09_priors.ipynb #8d501b34
 @dataclass
 class _Work:
     "A folder of class images in the making."
@@ -185,7 +193,9 @@ class _Work:
     @property
     def tries(self): return self.folder/'tries'
     def lock(self, name='log', timeout=-1): return FileLock(str(self.tries/f'.{name}.lock'), timeout=timeout)
-    def drawn(self): return {r['index']: r for r in read_jsonl(self.tries/'log.jsonl')}
+    def drawn(self):
+        log = self.tries/'log.jsonl'
+        return {r['index']: r for r in _whole(read_jsonl(log), ('index', 'prompt', 'seed', 'score', 'vector', 'hash'), log, self.folder)}
     def whole(self, block): return self.drawn().keys() >= set(block)
 
 # %% ../nbs/09_priors.ipynb #f4f00250
@@ -236,7 +246,7 @@ def finish(self:_Work, records):
         for f in self.tries.glob('.*-*.lock'): f.unlink(missing_ok=True)
     return _checked(self.folder, records)
 
-# %% ../nbs/09_priors.ipynb #1ab0cf36
+# %% ../nbs/09_priors.ipynb #26949710
 def make_priors(
     pipe,                # the untouched StableDiffusionPipeline
     class_noun:str,      # what the subject is
@@ -254,7 +264,8 @@ def make_priors(
     **how,               # more for `sample`, such as scheduler, size or negative
 ) -> Priors:
     "Draw class images, keep the good ones, log them all; an interrupted call goes on."
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts or class_prompts(class_noun))
+    if matcher is not None and not hasattr(matcher, 'match'): raise BoothError(f"matcher is {matcher!r}; give a Matcher, such as Matcher.from_pretrained()")
+    prompts = _as_list(prompts or class_prompts(class_noun))
     how = dict(how, steps=steps, guidance=guidance)
     _check(pipe, n, seed, prompts, threshold, dedupe, batch, tries, how)
     settings = _settings(pipe, class_noun, seed, prompts, matcher, threshold, dedupe, how)
@@ -274,11 +285,12 @@ def make_priors(
                 try: work.draw(pipe, matcher, todo, class_noun, seed, prompts, how)
                 finally: lock.release()
 
-# %% ../nbs/09_priors.ipynb #e9f38bf2
+# %% ../nbs/09_priors.ipynb #33330cf2
 _options = 'steps guidance negative scheduler size interval rescale long restore_mean'.split()
 
 def _check(pipe, n, seed, prompts, threshold, dedupe, batch, tries, how):
     "Refuse what cannot be drawn, before a folder is made."
+    _check_pipe(pipe)
     _check_whole('n', n, 1, "at least 1 class image is needed, or train without prior preservation (prior.weight=0)")
     _check_whole('batch', batch, 1, "it must be at least 1")
     _check_whole('tries', tries, 1, "at least 1 picture has to be drawn for each that is kept")
@@ -290,6 +302,10 @@ def _check(pipe, n, seed, prompts, threshold, dedupe, batch, tries, how):
     _check_steps(_own_scheduler(pipe, how.get('scheduler')), how['steps'])
     _check_size(pipe, how.get('size'))
 
+def _as_list(prompts):
+    if not isinstance(prompts, str) and not hasattr(prompts, '__iter__'): raise BoothError(f"prompts is {prompts!r}; give a list of prompts")
+    return [prompts] if isinstance(prompts, str) else list(prompts)
+
 def _check_choice(threshold, dedupe):
     if threshold is not None and not _within(threshold, 0, 1): raise BoothError(f"threshold is {threshold}; it is a probability, from 0 to 1")
     if dedupe is not None and not _within(dedupe, 1e-9, 1): raise BoothError(f"dedupe is {dedupe}; it is a cosine, above 0 and at most 1, and None keeps all")
@@ -300,12 +316,12 @@ def _give_up(work, records, threshold, class_noun):
     raise BoothError(f"only {len(records) - len(refused)} of {work.n} class images were kept in {len(records)} tries at {article(class_noun)} (threshold {threshold}; "
                      f"the best rejected: {best['why']}, {work.folder/best['file']}); lower the threshold, raise tries, or check the class noun")
 
-# %% ../nbs/09_priors.ipynb #00e5bd8e
+# %% ../nbs/09_priors.ipynb #63f5821f
 class _ClassHalf:
     "A training set whose class samples are made when they are asked for; as a callback, it puts itself in place."
     order = 5
     def __init__(self, pipe, class_noun, seed, prompts):
-        self.pipe, self.seed, self.prompts, self.data, self.per_step = pipe, seed, [prompts] if isinstance(prompts, str) else list(prompts or class_prompts(class_noun)), None, 1
+        self.pipe, self.seed, self.prompts, self.data, self.per_step = pipe, seed, _as_list(prompts or class_prompts(class_noun)), None, 1
         _check_prompts(pipe, self.prompts)
         self.mark, self.scale, self.T = fingerprint(pipe), pipe.vae.config.scaling_factor, pipe.scheduler.config.num_train_timesteps
         self.ids = pipe.tokenizer(self.prompts, padding='max_length', max_length=_token_limit(pipe), return_tensors='pt').input_ids
@@ -348,7 +364,7 @@ def more(self:_ClassHalf, ks, b, which, silent=False):
         extra[name] = torch.zeros_like(draw) if silent else draw
     return extra
 
-# %% ../nbs/09_priors.ipynb #5506e310
+# %% ../nbs/09_priors.ipynb #ee7f30d9
 class on_the_fly(_ClassHalf):
     "Class images drawn while a model trains; a callback for `Learner`."
     def __init__(self,
@@ -361,8 +377,7 @@ class on_the_fly(_ClassHalf):
         steps:int=25, # sampling steps
         guidance=4., # classifier-free guidance, see `sample`
     ):
-        for k, v in dict(every=every, pool=pool).items():
-            if v < 1: raise BoothError(f"{k} is {v}; it must be at least 1")
+        for k, v in dict(every=every, pool=pool).items(): _check_whole(k, v, 1, "it must be at least 1")
         super().__init__(pipe, class_noun, seed, prompts)
         _guidance(guidance, None, 0.), _check_steps(_own_scheduler(pipe, None), steps)
         self.every, self.pool, self.how, self.drawn = every, pool, dict(steps=steps, guidance=guidance), {}

@@ -95,16 +95,16 @@ def schedulers()->list: # names for `scheduler=`
     "The schedulers that can be asked for by name."
     return list(_schedulers)
 
-# %% ../nbs/08_sampling.ipynb #8ca9860d
+# %% ../nbs/08_sampling.ipynb #19ac2d1b
 def make_scheduler(
     pipe, # the pipeline whose settings it takes over
     name=None, # one of `schedulers()`, a diffusers scheduler, or None for the pipeline's own kind
 ): # a fresh diffusers scheduler
     "A scheduler of its own for one printing; the pipeline's stays untouched."
     if name is None: name = pipe.scheduler
-    if hasattr(name, 'config'): return type(name).from_config(name.config)
-    if name not in _schedulers:
-        near = nearest(str(name), _schedulers)
+    if hasattr(name, 'config') and not isinstance(name, type): return type(name).from_config(name.config)
+    if not isinstance(name, str) or name not in _schedulers:
+        near = nearest(str(name).lower(), _schedulers)
         raise BoothError(f"no scheduler {name!r}; {f'did you mean {near!r}? ' if near else ''}the choices are: {', '.join(_schedulers)}")
     kind, settings = _schedulers[name]
     return getattr(diffusers, kind).from_config(pipe.scheduler.config, **settings)
@@ -390,13 +390,13 @@ def _doses(g, prompts, n):
     if len(g) == len(prompts)*n: return list(g)
     raise BoothError(f"{len(g)} values in guidance for {len(prompts)} prompts with {n} images each; give one, {len(prompts)} or {len(prompts)*n}")
 
-# %% ../nbs/08_sampling.ipynb #0f4e5e35
+# %% ../nbs/08_sampling.ipynb #16c353f1
 def _check_size(pipe, size):
     "Height and width in pixels; the size that the model was trained for if `size` is None."
     factor, own = pipe.vae_scale_factor, pipe.unet.config.sample_size
     if size is None: size = [o*factor for o in ((own, own) if isinstance(own, int) else own)]
     unit, pair = factor * 2**(len(pipe.unet.config.block_out_channels)-1), tuple(size) if hasattr(size, '__len__') else (size, size)
-    if len(pair) != 2 or not all(isinstance(o, numbers.Real) for o in pair): raise BoothError(f"size is {size!r}; it must be one number, or (height, width), in multiples of {unit}")
+    if len(pair) != 2 or not all(isinstance(o, numbers.Integral) for o in pair): raise BoothError(f"size is {size!r}; it must be one whole number, or (height, width), in multiples of {unit}")
     h, w = pair
     if any(o < unit or o % unit for o in (h, w)):
         near = ' × '.join(str(max(unit, round(o/unit)*unit)) for o in (h, w))
@@ -411,7 +411,14 @@ def _check_steps(scheduler, steps, strength=None):
     scheduler.set_timesteps(steps)
     return len(scheduler.timesteps) - (0 if strength is None else _skipped(scheduler, steps, strength))
 
-# %% ../nbs/08_sampling.ipynb #45775a21
+# %% ../nbs/08_sampling.ipynb #eab35fd1
+def _check_pipe(pipe):
+    "Refuse what is no Stable Diffusion pipeline."
+    parts = 'unet', 'vae', 'text_encoder', 'tokenizer', 'scheduler'
+    lacks = [o for o in parts if not hasattr(pipe, o)]
+    if lacks or isinstance(pipe, type): raise BoothError(f"{pipe if isinstance(pipe, type) else type(pipe).__name__} is no pipeline to print with{f': it has no {lacks[0]}' if lacks else ''}; give a StableDiffusionPipeline or its folder")
+    if hasattr(pipe, 'text_encoder_2'): raise BoothError(f"{type(pipe).__name__} reads prompts twice; only StableDiffusionPipeline works here (Stable Diffusion 1.x and 2.x)")
+
 def _check_numbers(n, batch, index):
     "Refuse what cannot be counted."
     _check_whole('n', n, 1, "print at least 1 image")
@@ -595,7 +602,7 @@ def _check_model(pipe, model):
     if model not in (None, mark): raise BoothError(f"the print was made by the model {model}, and this one is {mark}; load the other model, or leave model= out to print with this one")
     return mark
 
-# %% ../nbs/08_sampling.ipynb #4dd55eef
+# %% ../nbs/08_sampling.ipynb #535aa638
 def sample(
     pipe, # diffusers.StableDiffusionPipeline, or what `load_pipeline` takes
     prompt, # a text, or a list of texts; with `{subject}` and weights such as `(word:1.3)`
@@ -622,6 +629,7 @@ def sample(
 ): # PIL images with their recipes in `.info`: all of the first prompt, then all of the second …
     "Print a prompt, or several, with classifier-free guidance."
     if isinstance(pipe, (str, Path, type(None))): pipe = load_pipeline(pipe)
+    _check_pipe(pipe)
     _check_numbers(n, batch, index)
     if callback is not None and not callable(callback): raise BoothError(f"callback is {callback!r}; it must be a function (step, total, latents)")
     guidance, strength = _guidance(guidance, interval, rescale), _check_strength(steps, strength, init, mask)
@@ -696,7 +704,7 @@ def read_recipe(
     if unknown: raise BoothError(f"the recipe in {path} has {unknown[0]!r}, which is nothing that a print is made from here; another version has written it")
     return recipe
 
-# %% ../nbs/08_sampling.ipynb #e5dde9d7
+# %% ../nbs/08_sampling.ipynb #05c4a298
 def _line(pipe, name, values, kwargs):
     "A print for each value of one parameter; in one batch where `sample` takes a list."
     many = {'prompt': str, 'negative': str, 'seed': int, 'guidance': (int, float)}
@@ -712,15 +720,22 @@ def sweep(
     **kwargs, # the other parameters of `sample`
 )->Image.Image: # one picture
     "A table of prints over two parameters."
-    for o in (down, across):
-        if len(o) != 1 or not len(*o.values()): raise BoothError(f"an axis is {o!r}; give one parameter and its values, such as dict(guidance=[1, 3, 7.5])")
+    for o in (down, across): _check_axis(o)
+    _check_whole('cell', cell, 8, "a print needs at least 8 pixels")
     ((row, rows),), ((col, cols),) = down.items(), across.items()
     known = [k for k in inspect.signature(sample).parameters if k not in ('pipe', 'n', 'callback', 'return_latents', 'batch')]
-    for name in (row, col):
+    for name in (row, col, *kwargs):
         if name not in known: raise BoothError(f"no parameter {name!r} to sweep; did you mean {nearest(name, known, 0.)!r}?")
+    if 'prompt' not in (row, col, *kwargs): raise BoothError("nothing says what to print; give prompt=, or make it an axis")
     return _table([_line(pipe, col, cols, {**kwargs, row: o}) for o in rows], [_label(row, o) for o in rows], [_label(col, o) for o in cols], cell)
 
-# %% ../nbs/08_sampling.ipynb #6628dcc6
+# %% ../nbs/08_sampling.ipynb #72c0535d
+def _check_axis(o):
+    "Refuse what is not one parameter with a list of values."
+    values = [*o.values()] if isinstance(o, dict) else []
+    if len(values) == 1 and hasattr(values[0], '__len__') and not isinstance(values[0], str) and len(values[0]): return
+    raise BoothError(f"an axis is {o!r}; give one parameter and its values, such as dict(guidance=[1, 3, 7.5])")
+
 def _label(name, value):
     return value if name == 'prompt' else f'{name} {value}'
 
