@@ -97,15 +97,21 @@ def train_captions(self:Booth): # list of texts, with the subject's name
     how = dict(captioner=read, sidecars='sidecars', template=None)[self.cfg.captions]
     return read_captions(self.photos, self.cfg.token, self.cfg.class_noun, how, self.cfg.template)
 
-# %% ../nbs/20_booth.ipynb #ed3198ba
+# %% ../nbs/20_booth.ipynb #3fd88a39
 @patch
 def make_priors(self:Booth): # Priors
     "Make the class images, go on making them, or read those that are there."
     p, captions = self.cfg.prior, [c.text for c in getattr(self, 'captions', [])]
     with _stage(self, 'priors'):
-        if p.folder: self.priors = load_priors(p.folder, self.cfg.class_noun)
+        if p.folder: self.priors = load_priors(p.folder, self.cfg.class_noun, **self.choice())
         else: self.priors = self.draw_class(self.cfg.class_noun, self.out/'priors', captions)
     return self.priors
+
+@patch
+def choice(self:Booth) -> dict: # matcher, threshold, dedupe
+    "Which class images are kept, as configured."
+    p = self.cfg.prior
+    return dict(matcher=self.matcher if p.threshold or p.dedupe else None, threshold=p.threshold, dedupe=p.dedupe or None)
 
 @patch
 def draw_class(self:Booth,
@@ -114,8 +120,7 @@ def draw_class(self:Booth,
     captions=(), # captions of the photos, whose settings are used for the class, too
 ):               # Priors
     "Class images of one class, as configured."
-    p = self.cfg.prior
-    return draw_priors(self.pipe, noun, p.n, folder, seed=self.cfg.seed, prompts=class_prompts(noun, captions), matcher=self.matcher if p.threshold else None, threshold=p.threshold)
+    return draw_priors(self.pipe, noun, self.cfg.prior.n, folder, seed=self.cfg.seed, prompts=class_prompts(noun, captions), **self.choice())
 
 # %% ../nbs/20_booth.ipynb #9251d89f
 @patch

@@ -34,7 +34,7 @@ from .diffusion import add_noise, alpha_sigma, min_snr_weight, prior_loss, snr, 
 from .learner import Callback, Learner
 from .priors import load_priors
 
-# %% ../nbs/13_dreambooth.ipynb #39500e8b
+# %% ../nbs/13_dreambooth.ipynb #b34d79c6
 def _f(default, doc): return field(default=default, metadata=dict(doc=doc))
 def _sub(cls, doc): return field(default_factory=cls, metadata=dict(doc=doc))
 
@@ -55,6 +55,7 @@ class PriorConfig:
     n:int = _f(100, 'how many class images')
     weight:float = _f(1., 'weight of their loss; 0 trains without prior preservation')
     threshold:float = _f(0., 'least ITM probability that a class image shows the class; 0 keeps all')
+    dedupe:float = _f(0., 'cosine of embeddings from which two class images count as one, such as 0.995; 0 keeps both')
     folder:str = _f('', 'class images that exist already; empty: they are made')
 
 @dataclass
@@ -218,12 +219,12 @@ def load(cls:DreamBoothConfig,
     except OmegaConfBaseException as e:
         raise BoothError(f"config key {e.full_key!r}: {str(e).splitlines()[0]}") from None
 
-# %% ../nbs/13_dreambooth.ipynb #50b7b239
-_LEAST = {'steps': 1, 'batch_size': 1, 'accumulate': 1, 'prior.n': 1, 'prior.weight': 0, 'lr': 0, 'resolution': 0, 'checkpoint.every': 1, 'checkpoint.keep': 1,
+# %% ../nbs/13_dreambooth.ipynb #5208c69d
+_LEAST = {'steps': 1, 'batch_size': 1, 'accumulate': 1, 'prior.n': 1, 'prior.weight': 0, 'prior.threshold': 0, 'prior.dedupe': 0, 'lr': 0, 'resolution': 0, 'checkpoint.every': 1, 'checkpoint.keep': 1,
           'train.rank': 1, 'warmup': 0, 'clip': 0, 'min_snr': 0, 'train.unet_lr': 0, 'train.text_encoder_lr': 0, 'train.token_lr': 0, 'data.views': 1, 'data.colour': 0,
           'data.dropout': 0, 'data.background': 0, 'loss.huber': 1e-6, 'loss.noise_offset': 0, 'loss.input_perturbation': 0, 'loss.t_min': 0, 'loss.t_max': 0,
           'ema': 0, 'checkpoint.epochs': 0, 'checkpoint.minutes': 0, 'checkpoint.patience': 0, 'prints.every': 0, 'prints.steps': 1}
-_MOST = {'ema': .99999, 'data.colour': 1, 'data.dropout': 1, 'data.background': 1}
+_MOST = {'ema': .99999, 'prior.threshold': 1, 'prior.dedupe': 1, 'data.colour': 1, 'data.dropout': 1, 'data.background': 1}
 _CHOICES = {'train.unet': ('off', 'full', 'lora'), 'train.text_encoder': ('off', 'full', 'lora'), 'mixed_precision': ('no', 'fp16', 'bf16'), 
             'fit': ('center-crop', 'random-crop', 'letterbox', 'stretch'), 'loss.kind': ('l2', 'huber'), 'data.cache': ('memory', 'disk', 'off'), 'captions': ('captioner', 'sidecars', 'template'), 'checkpoint.best': ('', 'subject_fidelity', 'prompt_fidelity')}
 
