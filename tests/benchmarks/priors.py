@@ -21,7 +21,7 @@ from blipbooth.sampling import load_pipeline
 KINDS = 'all', 'filtered', 'prediction'
 THRESHOLD, DEDUPE = .6, .98
 LOOK = dict(steps=20, n_class=8)
-NUMBERS = 'ours', 'peer', 'prompt', 'pres', 'div', 'seconds'
+NUMBERS = 'ours', 'peer', 'prompt', 'pres', 'div'
 
 
 def class_images(booth): # as they come, and filtered: the first n tries of one drawing, and the first n of its tries that pass
