@@ -39,7 +39,8 @@ def whole(tmp_path_factory):
     return out
 
 
-OFTEN = 'steps=30', 'checkpoint.every=2', 'checkpoint.keep=2', 'ema=0.9', 'schedule=cosine'
+LAST = max(30, 3*KILLS)  # a kill falls only after a new step, so there must be steps enough for all of them
+OFTEN = f'steps={LAST}', 'checkpoint.every=2', 'checkpoint.keep=2', 'ema=0.9', 'schedule=cosine'
 
 
 def test_killed_at_random_moments(whole, tmp_path):
@@ -55,9 +56,9 @@ def test_killed_at_random_moments(whole, tmp_path):
             kills += 1
         if begun.wait() == 0: break
         begun = start(['train', '--resume', out], tmp_path, stderr=subprocess.DEVNULL)
-    assert kills >= min(KILLS, 3)
+    assert kills == KILLS
     assert losses(out) == losses(whole)
-    assert furthest(weights(out, 30), weights(whole, 30)) == 0
+    assert furthest(weights(out, LAST), weights(whole, LAST)) == 0
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(whole, tmp_path):
@@ -70,7 +71,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(whole, tmp_path):
     n = len(losses(out))
     assert (out/'checkpoints'/f'step-{n:06d}').exists()
     run(['train', '--resume', out], tmp_path)
-    assert losses(out) == losses(whole) and furthest(weights(out, 30), weights(whole, 30)) == 0
+    assert losses(out) == losses(whole) and furthest(weights(out, LAST), weights(whole, LAST)) == 0
 
 
 STEPS = 'steps=4', 'checkpoint.every=4', 'optimizer=torch.optim.SGD', 'lr=0.01', 'clip=0.1'
@@ -83,21 +84,21 @@ def four(tmp_path_factory):
     return out
 
 
-def alike(a, b):
-    assert furthest(weights(a, 4), weights(b, 4)) < 1e-5
-    for x, y in zip(losses(a), losses(b), strict=True): assert x == pytest.approx(y, rel=1e-5, abs=1e-6)
+def alike(a, b, tol=1e-5):
+    "Whether two runs of four steps logged the same losses and ended with the same weights."
+    return furthest(weights(a, 4), weights(b, 4)) < tol and losses(a) == [pytest.approx(y, rel=tol, abs=tol/10) for y in losses(b)]
 
 
 def test_accumulated(four, tmp_path):
     run(said(tmp_path/'run', *STEPS, 'batch_size=1', 'accumulate=4'), tmp_path)
-    alike(tmp_path/'run', four)
+    assert alike(tmp_path/'run', four)
 
 
 def test_two_processes(four, tmp_path):
     "accelerate launch on two real processes, two photos each."
     launch = 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1', '--main_process_port', '0', '-m'  # with ACCELERATE_USE_CPU: two CPU processes
     run(said(tmp_path/'run', *STEPS, 'batch_size=2'), tmp_path, launch)
-    alike(tmp_path/'run', four)
+    assert alike(tmp_path/'run', four)
 
 
 NOTEBOOK = '''
@@ -116,13 +117,13 @@ def test_two_processes_of_a_notebook(four, tmp_path):
     (tmp_path/'cell.py').write_text(NOTEBOOK.format(port=port, photos=str(subject_photos('fox')), out=str(tmp_path/'run'), keys=', '.join(map(repr, [*STEPS, 'batch_size=2', 'prior.n=4']))))
     res = subprocess.run([sys.executable, 'cell.py'], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900)
     assert res.returncode == 0, res.stderr
-    alike(tmp_path/'run', four)
+    assert alike(tmp_path/'run', four)
 
 
 def test_caches_change_nothing(four, tmp_path):
     for cache in ('off', 'disk'):
         run(said(tmp_path/cache, *STEPS, 'batch_size=4', f'data.cache={cache}'), tmp_path)
-        alike(tmp_path/cache, four)
+        assert alike(tmp_path/cache, four)
 
 
 CUT = '''
