@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['LossLog', 'Progress', 'NaNGuard', 'save_checkpoint', 'whole', 'load_weights', 'load_checkpoint', 'Checkpoints',
-           'Interrupts', 'LetGo', 'everything', 'EMA', 'Prints', 'Best', 'check_trackers', 'Track', 'plot_losses',
-           'LivePlot']
+           'Interrupts', 'LetGo', 'everything', 'EMA', 'Prints', 'Best', 'check_trackers', 'same_run', 'Track',
+           'track_images', 'track_report', 'plot_losses', 'LivePlot']
 
-# %% ../nbs/12_callbacks.ipynb #0144fc77
+# %% ../nbs/12_callbacks.ipynb #7b0787be
 import json, math, os, shutil, signal, tempfile, threading, time, warnings
 from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
+from uuid import uuid4
+import numpy as np
 import torch
 from fastcore.basics import patch
 from safetensors import SafetensorError
@@ -204,7 +206,7 @@ def cleanup(self:Checkpoints):
     if getattr(self, 'held', None) is not None: os.close(self.held)
     self.held = None
 
-# %% ../nbs/12_callbacks.ipynb #1de11b22
+# %% ../nbs/12_callbacks.ipynb #996e8e39
 @patch
 def restore(self:Checkpoints):
     found, last = self.found(), self.last()
@@ -218,6 +220,11 @@ def restore(self:Checkpoints):
     if differ and not self.anyway: raise BoothError(f"{last} belongs to another run ({'; '.join(differ)}); give this one a folder of its own, or resume anyway")
     load_checkpoint(self.learn, last)
 
+# %% ../nbs/12_callbacks.ipynb #a2cb7cff
+def _anyone(acc, flag):
+    "Whether any process says so."
+    return flag if acc.num_processes == 1 else bool(acc.reduce(torch.tensor(float(flag), device=acc.device), 'sum').item())
+
 @patch
 def before_fit(self:Checkpoints): self.time = time.monotonic()
 
@@ -226,6 +233,14 @@ def due(self:Checkpoints):
     "Whether it is time for a checkpoint; the first process decides."
     if self.learn.step % self.every == 0: return True
     return bool(self.minutes) and _anyone(self.learn.accelerator, self.learn.accelerator.is_main_process and time.monotonic() - self.time >= 60*self.minutes)
+
+# %% ../nbs/12_callbacks.ipynb #2104d0bb
+@patch
+def attempt(self:Checkpoints): # what went wrong, or ''
+    "Save, as long as the disk allows it."
+    try: self.save()
+    except (OSError, SafetensorError) as e: return getattr(e, 'strerror', '') or str(e).splitlines()[0]
+    return ''
 
 @patch
 def after_step(self:Checkpoints):
@@ -236,18 +251,7 @@ def after_step(self:Checkpoints):
 def after_fit(self:Checkpoints):
     if said := self.attempt(): raise BoothError(f"step {self.learn.step} could not be saved in {self.folder} ({said}); make room and resume, the last good checkpoint is {self.last() or 'none'}")
 
-@patch
-def attempt(self:Checkpoints): # what went wrong, or ''
-    "Save, as long as the disk allows it."
-    try: self.save()
-    except (OSError, SafetensorError) as e: return getattr(e, 'strerror', '') or str(e).splitlines()[0]
-    return ''
-
-def _anyone(acc, flag):
-    "Whether any process says so."
-    return flag if acc.num_processes == 1 else bool(acc.reduce(torch.tensor(float(flag), device=acc.device), 'sum').item())
-
-# %% ../nbs/12_callbacks.ipynb #dc6ffb38
+# %% ../nbs/12_callbacks.ipynb #943d9cdb
 class Interrupts(Callback):
     "Turns the first SIGINT or SIGTERM into a save and a clean end."
     order = 40
@@ -269,7 +273,7 @@ class Interrupts(Callback):
     def cleanup(self):
         for s, h in getattr(self, 'old', {}).items(): signal.signal(s, h)
 
-# %% ../nbs/12_callbacks.ipynb #3ced8195
+# %% ../nbs/12_callbacks.ipynb #c5a8d3d7
 class LetGo(Callback):
     "Frees the memory of parts that training does not need, until it ends."
     order = -10
@@ -285,11 +289,6 @@ class LetGo(Callback):
     def drop(self):
         for p in self.ps: p.data = torch.empty(0, dtype=p.dtype, device=p.device)
 
-    def fetch(self):
-        self.file.seek(0)
-        for p, (shape, device) in zip(self.ps, self.like):
-            p.data = torch.frombuffer(bytearray(self.file.read(shape.numel()*p.element_size())), dtype=p.dtype).view(shape).to(device)
-
     @contextmanager
     def back(self):
         "The parts are whole within this block."
@@ -303,6 +302,13 @@ class LetGo(Callback):
         self.file.close()
         self.file = None
 
+@patch
+def fetch(self:LetGo):
+    self.file.seek(0)
+    for p, (shape, device) in zip(self.ps, self.like):
+        p.data = torch.frombuffer(bytearray(self.file.read(shape.numel()*p.element_size())), dtype=p.dtype).view(shape).to(device)
+
+# %% ../nbs/12_callbacks.ipynb #52b99488
 @contextmanager
 def everything(
     learn, # a Learner
@@ -315,7 +321,7 @@ def everything(
         try: yield
         finally: learn.model.train()
 
-# %% ../nbs/12_callbacks.ipynb #70f6875e
+# %% ../nbs/12_callbacks.ipynb #445a6303
 class EMA(Callback):
     "Keeps a moving average of the trained weights."
     order, file = 25, 'ema'
@@ -332,7 +338,7 @@ class EMA(Callback):
         for n, p in _trainable(self.learn.model).items():
             self.avg[n] = torch.lerp(p.detach(), self.avg[n].to(p.device), d) if n in self.avg else p.detach().clone()
 
-# %% ../nbs/12_callbacks.ipynb #f4d13396
+# %% ../nbs/12_callbacks.ipynb #6449d412
 class Prints(Callback):
     "Prints fixed prompts with fixed seeds on the way."
     order = 35
@@ -354,10 +360,9 @@ class Prints(Callback):
         with everything(self.learn): self.images = sample(self.pipe, self.prompts, seed=[self.seed + i for i in range(len(self.prompts))], **self.kw)
         with atomic_dir(self.folder/f'step-{self.learn.step:06d}') as tmp:
             for i, im in enumerate(self.images): im.save(tmp/f'{i:02d}.png')
-        for t in self.learn.accelerator.trackers:
-            if hasattr(t, 'log_images'): t.log_images({'prints': self.images}, step=self.learn.step)
+        for t in self.learn.accelerator.trackers: track_images(t, {'prints': self.images}, self.learn.step)
 
-# %% ../nbs/12_callbacks.ipynb #46f72aca
+# %% ../nbs/12_callbacks.ipynb #e8f1e535
 class Best(Callback):
     "Marks the best checkpoint by a score; stops early if asked."
     order = 32
@@ -389,6 +394,7 @@ class Best(Callback):
     def after_step(self):
         if self.stop: raise CancelFit(f'nothing better in {self.patience} checkpoints')
 
+# %% ../nbs/12_callbacks.ipynb #a0303f07
 def _point(link, name):
     "Make a link point to a name beside it, at once."
     new = link.with_name(f'.{link.name}.tmp')
@@ -396,7 +402,7 @@ def _point(link, name):
     new.symlink_to(name)
     os.replace(new, link)
 
-# %% ../nbs/12_callbacks.ipynb #360e9ca6
+# %% ../nbs/12_callbacks.ipynb #a547cf67
 def check_trackers(
     names, # such as tensorboard, wandb or trackio
 ):
@@ -406,21 +412,66 @@ def check_trackers(
         if n not in LOGGER_TYPE_TO_CLASS: raise BoothError(f"no tracker {n!r}; " + (f"did you mean {nearest(n, LOGGER_TYPE_TO_CLASS)!r}?" if nearest(n, LOGGER_TYPE_TO_CLASS) else f"the trackers are {', '.join(LOGGER_TYPE_TO_CLASS)}"))
         if n not in map(str, get_available_trackers()): raise BoothError(f"the tracker {n} is not installed; pip install {n}")
 
+# %% ../nbs/12_callbacks.ipynb #c2a9c176
+def same_run(
+    logs, # folder of the run's logs; None: nothing is kept
+) -> dict: # {tracker: arguments that open the same run again}
+    "What a tracker has to be told to go on with a run that it knows."
+    if logs is None: return {}
+    f = Path(logs)/'tracker.json'
+    if not f.exists(): save_json(f, dict(id=uuid4().hex[:12]))
+    known = load_json(f)['id']
+    return dict(wandb=dict(id=known, resume='allow', dir=str(logs)), trackio=dict(name=known, resume='allow'))
+
 class Track(Callback):
     "Sends the configuration and every step's numbers to the accelerator's trackers."
     order = 15
     def __init__(self,
         name='blipbooth', # the project
         config=None,      # dict of hyper-parameters
-    ): self.name, self.config = name, config or {}
+        logs=None,        # folder of the run's logs, by which a run that goes on is known again
+    ): self.name, self.config, self.logs = name, config or {}, logs
 
-    def before_fit(self): self.learn.accelerator.init_trackers(self.name, {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in self.config.items()})
+    def before_fit(self):
+        told = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in self.config.items()}
+        self.learn.accelerator.init_trackers(self.name, told, same_run(self.logs) if self.learn.accelerator.is_main_process else {})
     def after_step(self):
         rates = {f'lr/{i}': g['lr'] for i, g in enumerate(self.learn.opt.param_groups)}
         self.learn.accelerator.log({**self.learn.losses, **rates}, step=self.learn.step)
     def cleanup(self): self.learn.accelerator.end_training() if self.learn.accelerator.num_processes == 1 else [t.finish() for t in self.learn.accelerator.trackers]
 
-# %% ../nbs/12_callbacks.ipynb #05e1c106
+# %% ../nbs/12_callbacks.ipynb #32743bd6
+def track_images(
+    tracker, # one of accelerate's
+    images,  # {name: list of PIL images}
+    step,    # when they were made
+):
+    "Show pictures in a tracker that can."
+    each = {f'{k}/{i}': im for k, ims in images.items() for i, im in enumerate(ims)}
+    if tracker.name == 'tensorboard': tracker.log_images({k: np.asarray(im)[None] for k, im in each.items()}, step=step, dataformats='NHWC')
+    elif tracker.name == 'trackio':
+        import trackio
+        tracker.log({k: trackio.Image(im) for k, im in each.items()}, step=step)
+    elif hasattr(tracker, 'log_images'): tracker.log_images(images, step=step)
+
+def track_report(
+    names,  # the trackers of the run; none of them: nothing happens
+    logs,   # folder of the run's logs
+    report, # has metrics {name: {'before', 'after'}}, seconds {stage: seconds} and pictures {row: images}
+    project='blipbooth', # the one the training was tracked in
+):
+    "Send the evaluation of a run to the trackers that saw it train."
+    from accelerate import Accelerator
+    if not names: return
+    acc = Accelerator(log_with=list(names), project_dir=logs)
+    acc.init_trackers(project, init_kwargs=same_run(logs))
+    figures = {f'report/{m}/{when}': float(v) for m, two in report.metrics.items() for when, v in two.items() if v is not None}
+    step = max((r['step'] for r in read_jsonl(Path(logs)/'loss.jsonl')), default=0)
+    acc.log({**figures, **{f'report/seconds/{k}': float(v) for k, v in report.seconds.items()}}, step=step)
+    for t in acc.trackers: track_images(t, {f'report/{k}': v for k, v in report.pictures.items()}, step)
+    acc.end_training()
+
+# %% ../nbs/12_callbacks.ipynb #eef24261
 def plot_losses(
     log,        # logs/loss.jsonl, or its records
     smooth=.95, # share of the past in each point, from 0 to 1
@@ -439,6 +490,7 @@ def plot_losses(
     ax.legend(frameon=False)
     return ax
 
+# %% ../nbs/12_callbacks.ipynb #7ee7e7d5
 class LivePlot(Callback):
     "Draws the loss curves in the notebook while it trains."
     order = 22

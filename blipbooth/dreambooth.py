@@ -10,7 +10,7 @@ __all__ = ['PRESETS', 'TrainConfig', 'PriorConfig', 'LossConfig', 'CheckpointCon
            'spare_parts', 'run_callbacks', 'build_learner', 'Estimate', 'estimate', 'open_run', 'merge_lora',
            'export_pipeline']
 
-# %% ../nbs/13_dreambooth.ipynb #417ccfe5
+# %% ../nbs/13_dreambooth.ipynb #18c784cc
 import dataclasses, json, math, warnings, weakref
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,11 +30,11 @@ from .callbacks import EMA, Checkpoints, Interrupts, LetGo, LossLog, NaNGuard, P
 from .decoding import quiet_transformers
 from .concept import Concept, check_name, load_masks, training_set
 from .core import BoothError, atomic_dir, atomic_write, file_hash, nearest, stateless_seed
-from .diffusion import add_noise, alpha_sigma, min_snr_weight, prior_loss, snr, target
+from .diffusion import add_noise, alpha_sigma, debiased_weight, logit_normal, min_snr_weight, p2_weight, prior_loss, snr, target
 from .learner import Callback, Learner
 from .priors import load_priors
 
-# %% ../nbs/13_dreambooth.ipynb #b34d79c6
+# %% ../nbs/13_dreambooth.ipynb #978cfe4b
 def _f(default, doc): return field(default=default, metadata=dict(doc=doc))
 def _sub(cls, doc): return field(default_factory=cls, metadata=dict(doc=doc))
 
@@ -58,6 +58,7 @@ class PriorConfig:
     dedupe:float = _f(0., 'cosine of embeddings from which two class images count as one, such as 0.995; 0 keeps both')
     folder:str = _f('', 'class images that exist already; empty: they are made')
 
+# %% ../nbs/13_dreambooth.ipynb #cb87a9e4
 @dataclass
 class LossConfig:
     "How the error is measured, and at which timesteps."
@@ -67,7 +68,12 @@ class LossConfig:
     input_perturbation:float = _f(0., 'further noise that the model sees and is not asked for (arXiv 2301.11706); usual 0.1')
     t_min:int = _f(0, 'first timestep that is trained')
     t_max:int = _f(0, "timestep before which training ends; 0: the schedule's end")
+    timesteps:str = _f('uniform', 'how timesteps are drawn from that range: uniform, or logit-normal (arXiv 2403.03206), the middle more often than the ends')
+    t_mean:float = _f(0., 'where logit-normal timesteps gather: 0 in the middle, below 0 nearer to the picture, above 0 nearer to noise')
+    t_std:float = _f(1., 'how far logit-normal timesteps scatter')
+    weighting:str = _f('none', "how a timestep's error counts: none (all alike), debiased (arXiv 2310.08442) or p2 (arXiv 2204.00227); for min-SNR see min_snr")
 
+# %% ../nbs/13_dreambooth.ipynb #28146071
 @dataclass
 class CheckpointConfig:
     "When the state of training is kept."
@@ -86,7 +92,7 @@ class PrintsConfig:
     steps:int = _f(20, 'sampling steps')
     guidance:float = _f(5., 'classifier-free guidance')
 
-# %% ../nbs/13_dreambooth.ipynb #f8c23477
+# %% ../nbs/13_dreambooth.ipynb #943ec351
 @dataclass
 class DataConfig:
     "How photos and captions are made into samples."
@@ -98,6 +104,7 @@ class DataConfig:
     background:float = _f(0., 'weight of what a mask leaves out')
     cache:str = _f('memory', 'where latents are kept: memory, disk (in the run folder, too), or off (encoded at every step)')
 
+# %% ../nbs/13_dreambooth.ipynb #6beee0bb
 @dataclass
 class ConceptConfig:
     "One of several subjects."
@@ -111,7 +118,7 @@ class ConceptConfig:
     prior_folder:str = _f('', 'class images')
     weight:float = _f(1., 'share of the samples, beside the other subjects')
 
-# %% ../nbs/13_dreambooth.ipynb #3d11e441
+# %% ../nbs/13_dreambooth.ipynb #bbc1955f
 @dataclass
 class DreamBoothConfig:
     "Everything a DreamBooth run is made from."
@@ -152,7 +159,7 @@ class DreamBoothConfig:
     trackers:List[str] = field(default_factory=list, metadata=dict(doc='tensorboard, wandb, trackio, or any other of accelerate'))
     concepts:List[ConceptConfig] = field(default_factory=list, metadata=dict(doc='several subjects, each with photos, token, class_noun and more (in a file)'))
 
-# %% ../nbs/13_dreambooth.ipynb #970ead82
+# %% ../nbs/13_dreambooth.ipynb #a96d43e8
 PRESETS = {
     'fast': {'train.unet': 'lora', 'train.text_encoder': 'off', 'steps': 150, 'prior.n': 50},
     'faithful': {'steps': 600, 'prior.n': 200, 'min_snr': 5., 'schedule': 'cosine', 'warmup': 30, 'checkpoint.every': 100, 'checkpoint.keep': 6},
@@ -172,7 +179,7 @@ def preset(
     for k, v in PRESETS.get(name, {}).items(): OmegaConf.update(out, k, v)
     return out
 
-# %% ../nbs/13_dreambooth.ipynb #7191d430
+# %% ../nbs/13_dreambooth.ipynb #230aaf0c
 def config_fields(
     cls=DreamBoothConfig, # a configuration class
     prefix='',
@@ -203,7 +210,7 @@ def _merge(path, overrides):
     layers = [preset(given.get('preset')), given, preset(said.get('preset')), said]  # an override beats the file, and both beat the preset they name
     return OmegaConf.to_container(OmegaConf.merge(*layers))
 
-# %% ../nbs/13_dreambooth.ipynb #d08f5179
+# %% ../nbs/13_dreambooth.ipynb #17835b82
 @patch(cls_method=True)
 def load(cls:DreamBoothConfig,
     path=None,  # a YAML file
@@ -219,18 +226,19 @@ def load(cls:DreamBoothConfig,
     except OmegaConfBaseException as e:
         raise BoothError(f"config key {e.full_key!r}: {str(e).splitlines()[0]}") from None
 
-# %% ../nbs/13_dreambooth.ipynb #5208c69d
-_LEAST = {'steps': 1, 'batch_size': 1, 'accumulate': 1, 'prior.n': 1, 'prior.weight': 0, 'prior.threshold': 0, 'prior.dedupe': 0, 'lr': 0, 'resolution': 0, 'checkpoint.every': 1, 'checkpoint.keep': 1,
+# %% ../nbs/13_dreambooth.ipynb #4dc84c36
+_LEAST = {'steps': 1, 'batch_size': 1, 'accumulate': 1, 'prior.n': 1, 'prior.weight': 0, 'lr': 0, 'resolution': 0, 'checkpoint.every': 1, 'checkpoint.keep': 1,
           'train.rank': 1, 'warmup': 0, 'clip': 0, 'min_snr': 0, 'train.unet_lr': 0, 'train.text_encoder_lr': 0, 'train.token_lr': 0, 'data.views': 1, 'data.colour': 0,
-          'data.dropout': 0, 'data.background': 0, 'loss.huber': 1e-6, 'loss.noise_offset': 0, 'loss.input_perturbation': 0, 'loss.t_min': 0, 'loss.t_max': 0,
+          'data.dropout': 0, 'data.background': 0, 'loss.huber': 1e-6, 'loss.noise_offset': 0, 'loss.input_perturbation': 0, 'loss.t_min': 0, 'loss.t_max': 0, 'loss.t_std': .01,
           'ema': 0, 'checkpoint.epochs': 0, 'checkpoint.minutes': 0, 'checkpoint.patience': 0, 'prints.every': 0, 'prints.steps': 1}
-_MOST = {'ema': .99999, 'prior.threshold': 1, 'prior.dedupe': 1, 'data.colour': 1, 'data.dropout': 1, 'data.background': 1}
-_CHOICES = {'train.unet': ('off', 'full', 'lora'), 'train.text_encoder': ('off', 'full', 'lora'), 'mixed_precision': ('no', 'fp16', 'bf16'), 
-            'fit': ('center-crop', 'random-crop', 'letterbox', 'stretch'), 'loss.kind': ('l2', 'huber'), 'data.cache': ('memory', 'disk', 'off'), 'captions': ('captioner', 'sidecars', 'template'), 'checkpoint.best': ('', 'subject_fidelity', 'prompt_fidelity')}
+_MOST = {'ema': .99999, 'data.colour': 1, 'data.dropout': 1, 'data.background': 1}
+_CHOICES = {'train.unet': ('off', 'full', 'lora'), 'train.text_encoder': ('off', 'full', 'lora'), 'mixed_precision': ('no', 'fp16', 'bf16'),
+            'fit': ('center-crop', 'random-crop', 'letterbox', 'stretch'), 'loss.kind': ('l2', 'huber'), 'loss.timesteps': ('uniform', 'logit-normal'), 'loss.weighting': ('none', 'debiased', 'p2'),
+            'data.cache': ('memory', 'disk', 'off'), 'captions': ('captioner', 'sidecars', 'template'), 'checkpoint.best': ('', 'subject_fidelity', 'prompt_fidelity')}
 
 def _get(cfg, key): return getattr(getattr(cfg, key.split('.')[0]), key.split('.')[1]) if '.' in key else getattr(cfg, key)
 
-# %% ../nbs/13_dreambooth.ipynb #71e22854
+# %% ../nbs/13_dreambooth.ipynb #8ef05f1b
 @patch
 def check(self:DreamBoothConfig):
     "Refuse values that cannot work; returns self."
@@ -239,7 +247,8 @@ def check(self:DreamBoothConfig):
     for k, hi in _MOST.items():
         if _get(self, k) > hi: raise BoothError(f"{k}={_get(self, k)} is above {hi}; lower it")
     for k in ('unet', 'text_encoder'): setattr(self.train, k, {'True': 'full', 'False': 'off'}.get(str(getattr(self.train, k)).capitalize(), str(getattr(self.train, k))))
-    if self.data.cache == 'False': self.data.cache = 'off'  # YAML reads off as false
+    if self.data.cache == 'False': self.data.cache = 'off'  # YAML reads off as false, and no
+    if self.mixed_precision == 'False': self.mixed_precision = 'no'
     for k, names in _CHOICES.items():
         if _get(self, k) not in names: raise BoothError(f"{k}={_get(self, k)!r} is unknown; it is {', '.join(names[:-1])} or {names[-1]}")
     if self.schedule not in ('constant', 'linear', 'cosine') and '.' not in self.schedule: raise BoothError(f"schedule={self.schedule!r} is unknown; it is constant, linear or cosine, or a dotted name such as torch.optim.lr_scheduler.StepLR")
@@ -248,9 +257,11 @@ def check(self:DreamBoothConfig):
     for k in ('lr', 'train.unet_lr', 'train.text_encoder_lr', 'train.token_lr'):
         if _get(self, k) >= .1 and not finds_its_own: raise BoothError(f"{k}={_get(self, k)} would destroy the model; usual values are 1e-6 to 1e-3")
     if self.loss.t_max and self.loss.t_max <= self.loss.t_min: raise BoothError(f"loss.t_max={self.loss.t_max} leaves no timestep from loss.t_min={self.loss.t_min} on; raise it, or 0 for all")
+    if self.min_snr and self.loss.weighting != 'none': raise BoothError(f"min_snr={self.min_snr:g} and loss.weighting={self.loss.weighting} both weigh the timesteps; leave one of them out")
     if (self.train.unet, self.train.text_encoder, self.train.token) == ('off', 'off', False): raise BoothError("nothing trains: train.unet and train.text_encoder are off and train.token is false; turn one on")
     return self
 
+# %% ../nbs/13_dreambooth.ipynb #b082cf51
 def check_photos(
     cfg,    # DreamBoothConfig
     photos, # Photos of the subject
@@ -261,6 +272,7 @@ def check_photos(
     if cfg.batch_size > n > 1: raise BoothError(f"batch_size={cfg.batch_size} is more than the {n} photos; lower it to {n} (accumulate={math.ceil(cfg.batch_size/n)} adds steps up instead)")
     if n == 1: warnings.warn("one photo of the subject: its background will be learned with it; three to five in different places are better", stacklevel=2)
 
+# %% ../nbs/13_dreambooth.ipynb #6895feea
 @patch
 def save(self:DreamBoothConfig,
     path, # a YAML file
@@ -268,7 +280,7 @@ def save(self:DreamBoothConfig,
     "Write the configuration, every key of it."
     atomic_write(path, OmegaConf.to_yaml(OmegaConf.structured(self)))
 
-# %% ../nbs/13_dreambooth.ipynb #1927a04b
+# %% ../nbs/13_dreambooth.ipynb #eec24fe4
 def load_concepts(
     cfg,            # DreamBoothConfig with `concepts`, or with one subject's own keys
     captioner=None, # for captions=captioner; None: the bundled one
@@ -287,7 +299,7 @@ def load_concepts(
         out.append(Concept(c.photos, c.token, c.class_noun, captions, priors, c.template, c.masks or None, c.weight))
     return out
 
-# %% ../nbs/13_dreambooth.ipynb #b1fea7d9
+# %% ../nbs/13_dreambooth.ipynb #ba989b07
 _LORA = dict(unet=['to_q', 'to_k', 'to_v', 'to_out.0'], text_encoder=['q_proj', 'k_proj', 'v_proj', 'out_proj'])
 
 class Trained(torch.nn.Module):
@@ -306,7 +318,7 @@ class Trained(torch.nn.Module):
     ):         # (b, 4, h, w)
         return self.unet(noisy, t, self.text_encoder(ids)[0] if context is None else context).sample
 
-# %% ../nbs/13_dreambooth.ipynb #58115ea0
+# %% ../nbs/13_dreambooth.ipynb #8228bf63
 def choose_parts(
     pipe,           # StableDiffusionPipeline
     cfg,            # DreamBoothConfig
@@ -325,6 +337,7 @@ def choose_parts(
     if cfg.train.token and cfg.train.text_encoder != 'full': _open_rows(pipe, [c.token for c in cfg.concepts] or [cfg.token])
     return net
 
+# %% ../nbs/13_dreambooth.ipynb #ed4b09ef
 def token_rows(
     pipe,  # StableDiffusionPipeline
     token, # the rare token
@@ -340,7 +353,7 @@ def _open_rows(pipe, tokens):
     w.requires_grad_(True)
     w.register_hook(lambda g: g*mask.to(g))
 
-# %% ../nbs/13_dreambooth.ipynb #6307bfab
+# %% ../nbs/13_dreambooth.ipynb #80f2a4e2
 def parameter_table(
     net:Trained, # what trains
     pipe,        # the pipeline it belongs to
@@ -350,7 +363,7 @@ def parameter_table(
     n = lambda m, grad: sum(p.numel() for p in m.parameters() if p.requires_grad == grad)
     return {k: (n(m, True), n(m, False)) for k, m in parts.items()}
 
-# %% ../nbs/13_dreambooth.ipynb #c1c47363
+# %% ../nbs/13_dreambooth.ipynb #b0043e34
 class DreamBoothLoss:
     "Denoising loss with prior preservation."
     def __init__(self,
@@ -360,28 +373,39 @@ class DreamBoothLoss:
         c = pipe.scheduler.config
         self.scheduler, self.kind, self.scale = pipe.scheduler, c.prediction_type, pipe.vae.config.scaling_factor
         self.weight, self.gamma, self.cfg, self.background = cfg.prior.weight, cfg.min_snr, cfg.loss, cfg.data.background
+        self.low, self.high = cfg.loss.t_min, min(c.num_train_timesteps, cfg.loss.t_max or c.num_train_timesteps)
 
     def error(self, pred, goal): # of every value; where it is small, the huber loss is the squared one
         if self.cfg.kind == 'l2': return (pred - goal).pow(2)
         return 2*F.huber_loss(pred, goal, reduction='none', delta=self.cfg.huber)
 
-    def each(self,
-        net, # a Trained module
-        b,   # samples of one shape
-    ):       # the loss of each sample (b,)
-        x, noise = b['latents']*self.scale, b['noise']
-        if self.cfg.noise_offset: noise = noise + self.cfg.noise_offset*b['offset']
-        seen = noise + self.cfg.input_perturbation*b['perturb'] if self.cfg.input_perturbation else noise
-        a, s = (v.to(x) for v in alpha_sigma(self.scheduler, b['t']))
-        pred = net(add_noise(x, seen, a, s), b['t'], b['ids'], b.get('context')).float()
-        error = self.error(pred, target(self.kind, x, noise, a, s)).flatten(2)
-        if 'mask' not in b: each = error.flatten(1).mean(1)
-        else:
-            w = self.background + (1 - self.background)*b['mask'].flatten(2)
-            each = (error.mean(1, keepdim=True)*w).sum((1, 2))/w.sum((1, 2)).clamp(min=1e-6)
-        return each*min_snr_weight(snr(a, s), self.gamma, self.kind).flatten().to(each) if self.gamma else each
+    def times(self, t): # timesteps as configured, from those of a batch, which are drawn evenly
+        return t if self.cfg.timesteps == 'uniform' else logit_normal(t, self.high, self.low, self.cfg.t_mean, self.cfg.t_std)
 
-# %% ../nbs/13_dreambooth.ipynb #c9a8159e
+    def weights(self, ratio): # of each sample, by its signal-to-noise ratio
+        if self.gamma: return min_snr_weight(ratio, self.gamma, self.kind)
+        return dict(debiased=debiased_weight, p2=p2_weight)[self.cfg.weighting](ratio, kind=self.kind)
+
+# %% ../nbs/13_dreambooth.ipynb #b316a5b5
+@patch
+def each(self:DreamBoothLoss,
+    net, # a Trained module
+    b,   # samples of one shape
+):       # the loss of each sample (b,)
+    "The loss of every sample by itself."
+    x, noise, t = b['latents']*self.scale, b['noise'], self.times(b['t'])
+    if self.cfg.noise_offset: noise = noise + self.cfg.noise_offset*b['offset']
+    seen = noise + self.cfg.input_perturbation*b['perturb'] if self.cfg.input_perturbation else noise
+    a, s = (v.to(x) for v in alpha_sigma(self.scheduler, t))
+    pred = net(add_noise(x, seen, a, s), t, b['ids'], b.get('context')).float()
+    error = self.error(pred, target(self.kind, x, noise, a, s)).flatten(2)
+    if 'mask' not in b: each = error.flatten(1).mean(1)
+    else:
+        w = self.background + (1 - self.background)*b['mask'].flatten(2)
+        each = (error.mean(1, keepdim=True)*w).sum((1, 2))/w.sum((1, 2)).clamp(min=1e-6)
+    return each*self.weights(snr(a, s)).flatten().to(each) if self.gamma or self.cfg.weighting != 'none' else each
+
+# %% ../nbs/13_dreambooth.ipynb #d3ccf062
 @patch
 def __call__(self:DreamBoothLoss,
     net, # a Trained module
@@ -395,7 +419,7 @@ def __call__(self:DreamBoothLoss,
     loss, subject, prior = prior_loss(each, b['n_subject'], self.weight)
     return dict(loss=loss, subject=subject, prior=prior)
 
-# %% ../nbs/13_dreambooth.ipynb #6076a723
+# %% ../nbs/13_dreambooth.ipynb #62324f26
 def learning_rates(
     cfg,  # DreamBoothConfig
     pipe, # StableDiffusionPipeline
@@ -405,6 +429,7 @@ def learning_rates(
     suits = dict(unet=cfg.train.unet, text_encoder=cfg.train.text_encoder, token='token')
     return {k: getattr(cfg.train, f'{k}_lr') or cfg.lr or (full if how in ('full', 'off') else lora) for k, how in suits.items()}
 
+# %% ../nbs/13_dreambooth.ipynb #af34124e
 def parameter_groups(
     net:Trained, # what trains
     cfg,         # DreamBoothConfig
@@ -418,6 +443,7 @@ def parameter_groups(
         if p.requires_grad: groups.setdefault((rates[what], 0. if what == 'token' else cfg.weight_decay), []).append(p)
     return [dict(params=ps, lr=lr, weight_decay=wd) for (lr, wd), ps in groups.items()]
 
+# %% ../nbs/13_dreambooth.ipynb #c099a61d
 def lr_factor(
     cfg,      # gives warmup, schedule and steps
     step:int, # the step, counted from 0
@@ -426,6 +452,7 @@ def lr_factor(
     warm, done = min(1., (step + 1)/max(1, cfg.warmup)), min(1., max(0, step - cfg.warmup)/max(1, cfg.steps - cfg.warmup))
     return warm*dict(constant=1., linear=1 - done, cosine=.5*(1 + math.cos(math.pi*done)))[cfg.schedule]
 
+# %% ../nbs/13_dreambooth.ipynb #5d1871ad
 def _named(what, dotted, example):
     "What a dotted name stands for."
     mod, _, name = dotted.rpartition('.')
@@ -453,20 +480,24 @@ def make_schedule(
     if '.' not in cfg.schedule: return torch.optim.lr_scheduler.LambdaLR(opt, lambda s: lr_factor(cfg, s))
     return _made(cfg.schedule, _named('schedule', cfg.schedule, 'torch.optim.lr_scheduler.StepLR'), opt, cfg.schedule_args, 'schedule_args')
 
+# %% ../nbs/13_dreambooth.ipynb #b79ccd99
 def check_named(
-    cfg, # DreamBoothConfig
+    cfg,         # DreamBoothConfig
+    device=None, # where it will train; None: that is not looked at
 ):
-    "Refuse an optimizer, a schedule or a tracker that cannot be had, or arguments they do not take."
+    "Refuse an optimizer, a schedule or a tracker that cannot be had, arguments they do not take, and numbers the device cannot train with."
     check_trackers(cfg.trackers)
     make_schedule(cfg, make_optimizer(cfg, [dict(params=[torch.nn.Parameter(torch.zeros(1))], lr=cfg.lr)]))
+    if cfg.mixed_precision == 'fp16' and torch.device(device or 'cuda').type == 'cpu': raise BoothError("mixed_precision=fp16 needs a GPU; on a CPU use bf16 or no")
 
+# %% ../nbs/13_dreambooth.ipynb #97bdc9fc
 def resolution(cfg, pipe):
     "The configured resolution, or the model's own."
     size, f = cfg.resolution or pipe.unet.config.sample_size*pipe.vae_scale_factor, pipe.vae_scale_factor*2**(len(pipe.unet.config.block_out_channels) - 1)
     if size % f: raise BoothError(f"resolution={size} is not a multiple of {f}; try {round(size/f)*f or f}")
     return size
 
-# %% ../nbs/13_dreambooth.ipynb #173f31c2
+# %% ../nbs/13_dreambooth.ipynb #9b0a1e99
 def data_options(
     cfg,      # DreamBoothConfig
     out=None, # run folder
@@ -491,10 +522,10 @@ def made_with(
     info |= dict(photo_hashes=all_of(lambda c: [p.hash for p in c.photos]), captions=all_of(lambda c: c.captions), priors=all_of(lambda c: [r['hash'] for r in c.priors.kept] if c.priors else []))
     return info | dict(subjects=[[c.subject, len(c.photos), c.weight] for c in concepts], masks=all_of(lambda c: [file_hash(m.tobytes()) for m in c.masks or ()]))
 
-# %% ../nbs/13_dreambooth.ipynb #4f758019
+# %% ../nbs/13_dreambooth.ipynb #b1a008d8
 def _check_concepts(pipe, concepts, cfg):
     "Names the model can learn, enough photos, masks where they are asked for."
-    check_named(cfg)
+    check_named(cfg, pipe.device)
     check_photos(cfg, [p for c in concepts for p in c.photos])
     for c in concepts:
         check_name(pipe.tokenizer, c.token, c.class_noun)
@@ -508,6 +539,7 @@ def spare_parts(
     o = data_options(cfg)
     return [pipe.vae]*(o['cache'] != 'off') + [pipe.text_encoder]*o['context']
 
+# %% ../nbs/13_dreambooth.ipynb #10f1bd5d
 def run_callbacks(
     pipe,     # the pipeline that trains
     concepts, # of Concept
@@ -526,7 +558,7 @@ def run_callbacks(
     prints = Prints(pipe, [t.replace('{subject}', subject) for t in p.prompts], out/'samples', p.every, cfg.seed, steps=p.steps, guidance=p.guidance) if p.every else None
     return [LossLog(out/'logs'/'loss.jsonl'), keep] + [prints]*bool(prints)
 
-# %% ../nbs/13_dreambooth.ipynb #550e6102
+# %% ../nbs/13_dreambooth.ipynb #b00cbff4
 def build_learner(
     pipe,            # StableDiffusionPipeline to train; it is changed
     concept,         # a Concept (photos, captions, class images), or a list of them
@@ -537,29 +569,36 @@ def build_learner(
     anyway=False,    # resume even if configuration or photos are no longer the same
 ) -> Learner:
     "Everything a DreamBooth run needs, ready to fit."
-    from accelerate import Accelerator
     concepts = [concept] if isinstance(concept, Concept) else list(concept)
     _check_concepts(pipe, concepts, cfg)
-    acc = Accelerator(mixed_precision=cfg.mixed_precision, cpu=pipe.device.type == 'cpu', log_with=cfg.trackers or None, project_dir=Path(out)/'logs' if out and cfg.trackers else None)
+    acc = _accelerator(pipe, cfg, out)
     data, loss = training_set(concepts, pipe, resolution(cfg, pipe), cfg.seed, cfg.fit, cfg.flip, **data_options(cfg, out)), DreamBoothLoss(pipe, cfg)
     net = choose_parts(pipe, cfg)
     if cfg.gradient_checkpointing: _checkpointing(pipe)
     opt = make_optimizer(cfg, parameter_groups(net, cfg, pipe))
     keep = run_callbacks(pipe, concepts, cfg, out, resume, anyway, acc.num_processes) if out else []
-    own = [NaNGuard(), Progress(), Interrupts(), LetGo(*spare_parts(pipe, cfg)), *([EMA(cfg.ema)] if cfg.ema else []), *([Track(config=_flat(cfg))] if cfg.trackers else [])]
+    own = [NaNGuard(), Progress(), Interrupts(), LetGo(*spare_parts(pipe, cfg)), *([EMA(cfg.ema)] if cfg.ema else []), *([Track(config=_flat(cfg), logs=Path(out)/'logs' if out else None)] if cfg.trackers else [])]
     return Learner(net, data, loss, opt, cfg.steps, make_schedule(cfg, opt), [*own, *keep, *cbs], acc, cfg.batch_size, cfg.accumulate, cfg.clip)
+
+def _accelerator(pipe, cfg, out):
+    "An Accelerator; accelerate keeps the precision of the first one in a process, and a notebook may train in another next."
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != cfg.mixed_precision: AcceleratorState._reset_state()
+    return Accelerator(mixed_precision=cfg.mixed_precision, cpu=pipe.device.type == 'cpu', log_with=cfg.trackers or None, project_dir=Path(out)/'logs' if out and cfg.trackers else None)
 
 def _checkpointing(pipe):
     pipe.unet.enable_gradient_checkpointing()
     text = pipe.text_encoder  # transformers 5 gave the method another name
     if any(p.requires_grad for p in text.parameters()): getattr(text, 'activation_checkpointing_enable', text.gradient_checkpointing_enable)()
 
-# %% ../nbs/13_dreambooth.ipynb #e7fa12b1
+# %% ../nbs/13_dreambooth.ipynb #7a2ae97a
 class _Alive(TorchDispatchMode):
-    "Adds up the bytes of all tensors that are alive."
-    def __init__(self):
+    "Adds up the bytes of all tensors that are alive, but for those of a model that is there anyway."
+    def __init__(self, model):
         super().__init__()
         self.sizes, self.now, self.peak = {}, 0, 0
+        self.there = {x.untyped_storage()._cdata for x in [*model.parameters(), *model.buffers()]}  # a view of a weight is no new memory
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -568,7 +607,7 @@ class _Alive(TorchDispatchMode):
         return out
 
     def note(self, s):
-        if s._cdata in self.sizes: return
+        if s._cdata in self.sizes or s._cdata in self.there: return
         self.sizes[s._cdata] = s.nbytes()
         self.now += s.nbytes()
         self.peak = max(self.peak, self.now)
@@ -586,7 +625,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad): return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
 
-# %% ../nbs/13_dreambooth.ipynb #6c23c260
+# %% ../nbs/13_dreambooth.ipynb #735a5cd1
 @contextmanager
 def _fused_attention():
     real = F.scaled_dot_product_attention
@@ -606,14 +645,14 @@ def _shadow(pipe, cfg):
 def _one_step(net, twin, cfg):
     "The peak of forward and backward, bytes; gradients are in it."
     n, side = cfg.batch_size*(1 + bool(cfg.prior.weight)), resolution(cfg, twin)//twin.vae_scale_factor
-    empty, alive, text = partial(torch.empty, device='meta'), _Alive(), twin.text_encoder.config
+    empty, alive, text = partial(torch.empty, device='meta'), _Alive(net), twin.text_encoder.config
     with _fused_attention(), alive:
         noisy, t, ids = empty(n, net.unet.config.in_channels, side, side), empty(n, dtype=torch.long), empty(n, text.max_position_embeddings, dtype=torch.long)
         context = empty(n, text.max_position_embeddings, text.hidden_size) if data_options(cfg)['context'] else None
         (net(noisy, t, ids, context).float() - torch.empty_like(noisy)).pow(2).mean().backward()
     return alive.peak
 
-# %% ../nbs/13_dreambooth.ipynb #5a2b4e62
+# %% ../nbs/13_dreambooth.ipynb #682e88a2
 @dataclass
 class Estimate:
     "What a training takes; sizes in bytes, of float32 (half precision takes less)."
@@ -631,6 +670,7 @@ class Estimate:
         sizes = [f'{k:14}{mb(getattr(self, k)):>14}' for k in ('weights', 'gradients', 'optimizer', 'activations')]
         return '\n'.join([*rows, *sizes, f"{'peak memory':14}{mb(self.peak):>14}", f"{'checkpoint':14}{mb(self.checkpoint):>14}"])
 
+# %% ../nbs/13_dreambooth.ipynb #95b73d56
 def estimate(
     pipe, # StableDiffusionPipeline; it is not changed
     cfg,  # DreamBoothConfig
@@ -646,6 +686,7 @@ def estimate(
     average = gradients if cfg.ema else 0
     return Estimate(parameter_table(net, pipe), weights + average, gradients, moments, _one_step(net, twin, cfg) - gradients, gradients + moments + average)
 
+# %% ../nbs/13_dreambooth.ipynb #88bf5dea
 def _moments(cfg):
     "Numbers that the optimizer keeps for each one that trains, found by trying it."
     p = torch.nn.Parameter(torch.ones(1000))
@@ -654,7 +695,7 @@ def _moments(cfg):
     opt.step()
     return sum(v.numel() for v in opt.state[p].values() if torch.is_tensor(v) and v.numel() > 1)/1000
 
-# %% ../nbs/13_dreambooth.ipynb #d129481b
+# %% ../nbs/13_dreambooth.ipynb #dbd62601
 def open_run(
     run,             # run folder
     checkpoint=None, # a checkpoint folder; None: `best` where it is chosen, else the newest whole one
@@ -672,7 +713,7 @@ def open_run(
     load_weights(choose_parts(pipe, cfg), checkpoint, average=True)
     return pipe, cfg
 
-# %% ../nbs/13_dreambooth.ipynb #80b8fe0a
+# %% ../nbs/13_dreambooth.ipynb #aacb2cd8
 def merge_lora(
     pipe, # a StableDiffusionPipeline with LoRA matrices; it is changed
 ):
