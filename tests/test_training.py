@@ -1,10 +1,13 @@
 "Training as it is lived through: killed at any moment, on two processes, from a notebook, on a full disk."
 import json, os, random, signal, socket, subprocess, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 
+from blipbooth.callbacks import track_report
 from blipbooth.core import read_jsonl, subject_photos
 
 env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', ACCELERATE_USE_CPU='true')
@@ -147,6 +150,20 @@ def test_killed_in_a_notebook_goes_on_in_a_terminal(four, tmp_path):
     assert subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=env, capture_output=True).returncode == -signal.SIGKILL
     run(['train', '--resume', tmp_path/'run'], tmp_path)
     assert losses(tmp_path/'run') == losses(four) and furthest(weights(tmp_path/'run', 4), weights(four, 4)) == 0
+
+
+def test_tensorboard(tmp_path):
+    "Hyper-parameters, losses, prints and the report, as TensorBoard's own reader finds them."
+    board = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator', reason='TensorBoard is optional')
+    run(said(tmp_path/'run', 'steps=3', 'trackers=[tensorboard]', 'prints.every=3', 'prints.steps=2', 'prior.n=2'), tmp_path)
+    report = SimpleNamespace(metrics=dict(subject_fidelity=dict(before=.5, after=.75)), seconds=dict(train=2.), pictures={'photos': [Image.new('RGB', (8, 6))]})
+    track_report(['tensorboard'], tmp_path/'run'/'logs', report)
+    read = board.EventAccumulator(str(tmp_path/'run'/'logs'/'blipbooth')).Reload()
+    assert [(e.step, e.value) for e in read.Scalars('loss')] == [(r['step'], pytest.approx(r['loss'], rel=1e-6)) for r in losses(tmp_path/'run')]
+    assert [(e.step, e.value) for e in read.Scalars('report/subject_fidelity/after')] == [(3, .75)]
+    assert [(i.step, i.width, i.height) for i in read.Images('prints/1')] == [(3, 64, 64)] and [(i.width, i.height) for i in read.Images('report/photos/0')] == [(8, 6)]
+    hparams, = (tmp_path/'run'/'logs').rglob('hparams.yml')
+    assert 'class_noun: fox' in hparams.read_text() and 'train.unet: full' in hparams.read_text()
 
 
 def test_two_runs_in_one_folder(tmp_path):

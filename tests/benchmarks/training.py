@@ -2,7 +2,7 @@
 
     python tests/benchmarks/training.py [--threads 2] [--repeats 5] [--width 320] [--pixels 256] [--only speed floor pause memory ways]
 
-Width 320 is Stable Diffusion 1.5's own; without one, the widest that fits twice into memory. Random weights: speed does not depend on them.
+Width 320 is Stable Diffusion 1.5's own; without one, the widest that fits twice into memory; width 0 is the bundled model at its own 64 pixels (for memory and ways). Random weights: speed does not depend on them.
 """
 import argparse, json, statistics, subprocess, sys, tempfile, time, warnings
 from pathlib import Path
@@ -154,7 +154,7 @@ def status(key): return next(int(x.split()[1])/1024 for x in open('/proc/self/st
 def peak(o, which, said):
     "MB by which the peak of this process grew from before the model to after some steps."
     pipe_of = (lambda: load_pipeline(device=o.device)) if o.width == 0 else lambda: shaped(o.width, o.device)
-    cfg = config(64 if o.width == 0 else o.pixels, *said)
+    cfg = config(o.pixels, *said)
     load_pipeline(device='cpu')                                    # the libraries' own memory is not the model's
     if o.device == 'cuda': torch.cuda.reset_peak_memory_stats()
     else: Path('/proc/self/clear_refs').write_text('5')
@@ -177,30 +177,31 @@ def memory(o):
 
 
 def ways(o):
-    "Every combination of what trains: what the estimate says, what is measured."
+    "Every combination of what trains, and what activations computed twice save: what the estimate says, what is measured."
+    every = [(unet, text, token) for unet in ('full', 'lora', 'off') for text in ('full', 'lora', 'off') for token in ('true', 'false')]
+    every = [w for w in every if w != ('off', 'off', 'false') and w[1:] != ('full', 'true')]
+    rows = {f'UNet {u}, text encoder {t}, token {k}': [f'train.unet={u}', f'train.text_encoder={t}', f'train.token={k}'] for u, t, k in every}
+    rows = {**rows, **{f'{name}, gradient checkpointing': [*said, 'gradient_checkpointing=true'] for name, said in list(rows.items()) if 'text encoder off, token false' in name}}
     whole = None
-    for unet in ('full', 'lora', 'off'):
-        for text in ('full', 'lora', 'off'):
-            for token in ('true', 'false'):
-                if (unet, text, token) == ('off', 'off', 'false') or (text, token) == ('full', 'true'): continue
-                said = [f'train.unet={unet}', f'train.text_encoder={text}', f'train.token={token}']
-                m = measured(o, 'ours', said)
-                pipe = load_pipeline(device='cpu') if o.width == 0 else shaped(o.width, 'cpu')
-                e = estimate(pipe, config(64 if o.width == 0 else o.pixels, *said)).peak/2**20
-                whole = whole or m['mb']
-                line(f'UNet {unet}, text encoder {text}, token {token}', ours=round(m['mb']), peer=round(whole), ratio=round(m['mb']/whole, 3), unit='MB', estimate=round(e), seconds=round(m['s'], 3))
+    for name, said in rows.items():
+        m = measured(o, 'ours', said)
+        pipe = load_pipeline(device='cpu') if o.width == 0 else shaped(o.width, 'cpu')
+        e = estimate(pipe, config(o.pixels, *said)).peak/2**20
+        whole = whole or m['mb']
+        line(name, ours=round(m['mb']), peer=round(whole), ratio=round(m['mb']/whole, 3), unit='MB', estimate=round(e), seconds=round(m['s'], 3))
 
 
 if __name__ == '__main__':
     warnings.simplefilter('ignore')
     p = argparse.ArgumentParser()
-    for k, v in dict(threads=0, repeats=5, width=-1, pixels=256).items(): p.add_argument(f'--{k}', type=int, default=v)
+    for k, v in dict(threads=0, repeats=5, width=-1, pixels=0).items(): p.add_argument(f'--{k}', type=int, default=v)
     p.add_argument('--only', nargs='+', default=['speed', 'floor', 'pause', 'memory', 'ways'])
     p.add_argument('--peak', choices=['ours', 'plain'])
     p.add_argument('--said', nargs='*', default=[])
     o = p.parse_args()
     o.device = 'cuda' if torch.cuda.is_available() else 'cpu'
     if o.threads: torch.set_num_threads(o.threads)
+    o.pixels = o.pixels or (256 if o.width else 64)
     if o.width < 0: o.width = fits(o.pixels)
     if o.peak: peak(o, o.peak, o.said)
     else:
