@@ -412,14 +412,15 @@ def check_trackers(
         if n not in LOGGER_TYPE_TO_CLASS: raise BoothError(f"no tracker {n!r}; " + (f"did you mean {nearest(n, LOGGER_TYPE_TO_CLASS)!r}?" if nearest(n, LOGGER_TYPE_TO_CLASS) else f"the trackers are {', '.join(LOGGER_TYPE_TO_CLASS)}"))
         if n not in map(str, get_available_trackers()): raise BoothError(f"the tracker {n} is not installed; pip install {n}")
 
-# %% ../nbs/12_callbacks.ipynb #c2a9c176
+# %% ../nbs/12_callbacks.ipynb #227e8907
 def same_run(
     logs, # folder of the run's logs; None: nothing is kept
+    config=None, # hyper-parameters to keep there, for who opens the run again
 ) -> dict: # {tracker: arguments that open the same run again}
     "What a tracker has to be told to go on with a run that it knows."
     if logs is None: return {}
     f = Path(logs)/'tracker.json'
-    if not f.exists(): save_json(f, dict(id=uuid4().hex[:12]))
+    if config or not f.exists(): save_json(f, dict(id=load_json(f)['id'] if f.exists() else uuid4().hex[:12], config=config or {}))
     known = load_json(f)['id']
     return dict(wandb=dict(id=known, resume='allow', dir=str(logs)), trackio=dict(name=known, resume='allow'))
 
@@ -434,13 +435,13 @@ class Track(Callback):
 
     def before_fit(self):
         told = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in self.config.items()}
-        self.learn.accelerator.init_trackers(self.name, told, same_run(self.logs) if self.learn.accelerator.is_main_process else {})
+        self.learn.accelerator.init_trackers(self.name, told, same_run(self.logs, told) if self.learn.accelerator.is_main_process else {})
     def after_step(self):
         rates = {f'lr/{i}': g['lr'] for i, g in enumerate(self.learn.opt.param_groups)}
         self.learn.accelerator.log({**self.learn.losses, **rates}, step=self.learn.step)
     def cleanup(self): self.learn.accelerator.end_training() if self.learn.accelerator.num_processes == 1 else [t.finish() for t in self.learn.accelerator.trackers]
 
-# %% ../nbs/12_callbacks.ipynb #32743bd6
+# %% ../nbs/12_callbacks.ipynb #227e6fcb
 def track_images(
     tracker, # one of accelerate's
     images,  # {name: list of PIL images}
@@ -465,6 +466,9 @@ def track_report(
     if not names: return
     acc = Accelerator(log_with=list(names), project_dir=logs)
     acc.init_trackers(project, init_kwargs=same_run(logs))
+    made_with = load_json(Path(logs)/'tracker.json')['config']
+    for t in acc.trackers:
+        if made_with and t.name != 'tensorboard': t.store_init_configuration(made_with)  # trackio forgets it with every opening, TensorBoard would list it twice
     figures = {f'report/{m}/{when}': float(v) for m, two in report.metrics.items() for when, v in two.items() if v is not None}
     step = max((r['step'] for r in read_jsonl(Path(logs)/'loss.jsonl')), default=0)
     acc.log({**figures, **{f'report/seconds/{k}': float(v) for k, v in report.seconds.items()}}, step=step)

@@ -670,7 +670,7 @@ class Estimate:
         sizes = [f'{k:14}{mb(getattr(self, k)):>14}' for k in ('weights', 'gradients', 'optimizer', 'activations')]
         return '\n'.join([*rows, *sizes, f"{'peak memory':14}{mb(self.peak):>14}", f"{'checkpoint':14}{mb(self.checkpoint):>14}"])
 
-# %% ../nbs/13_dreambooth.ipynb #95b73d56
+# %% ../nbs/13_dreambooth.ipynb #7ca7c019
 def estimate(
     pipe, # StableDiffusionPipeline; it is not changed
     cfg,  # DreamBoothConfig
@@ -678,13 +678,14 @@ def estimate(
     "Parameters, memory and disk of a training, before it begins."
     grads = [(p, p.requires_grad) for p in pipe.vae.parameters()]
     net, twin = _shadow(pipe, cfg)
+    table = parameter_table(net, pipe)
     for p, g in grads: p.requires_grad_(g)
     size = lambda ps: sum(p.numel()*p.element_size() for p in ps)
     trained, spare = [p for p in net.parameters() if p.requires_grad], {id(p) for m in spare_parts(twin, cfg) for p in m.parameters()}
     weights, gradients = size(p for m in (net, pipe.vae) for p in m.parameters() if id(p) not in spare), size(trained)
     moments = int(gradients*_moments(cfg))
     average = gradients if cfg.ema else 0
-    return Estimate(parameter_table(net, pipe), weights + average, gradients, moments, _one_step(net, twin, cfg) - gradients, gradients + moments + average)
+    return Estimate(table, weights + average, gradients, moments, _one_step(net, twin, cfg) - gradients, gradients + moments + average)
 
 # %% ../nbs/13_dreambooth.ipynb #88bf5dea
 def _moments(cfg):
@@ -695,7 +696,7 @@ def _moments(cfg):
     opt.step()
     return sum(v.numel() for v in opt.state[p].values() if torch.is_tensor(v) and v.numel() > 1)/1000
 
-# %% ../nbs/13_dreambooth.ipynb #dbd62601
+# %% ../nbs/13_dreambooth.ipynb #97c6f38d
 def open_run(
     run,             # run folder
     checkpoint=None, # a checkpoint folder; None: `best` where it is chosen, else the newest whole one
@@ -713,7 +714,7 @@ def open_run(
     load_weights(choose_parts(pipe, cfg), checkpoint, average=True)
     return pipe, cfg
 
-# %% ../nbs/13_dreambooth.ipynb #aacb2cd8
+# %% ../nbs/13_dreambooth.ipynb #a1d96d81
 def merge_lora(
     pipe, # a StableDiffusionPipeline with LoRA matrices; it is changed
 ):
