@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Booth', 'demo']
 
-# %% ../nbs/20_booth.ipynb #4c2b5330
+# %% ../nbs/20_booth.ipynb #f6a468bc
 import dataclasses, json, os, time
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from fastcore.basics import patch
 from fastcore.foundation import L
-from .callbacks import Best, Checkpoints
+from .callbacks import Best, Checkpoints, track_report
 from .captioning import Captioner
 from .concept import Concept, check_name, read_captions
 from .core import BoothError, Settings, atomic_write, load_json, out_dir, read_jsonl, save_json
@@ -23,7 +23,7 @@ from .matching import Matcher
 from .priors import article, class_prompts, load_priors, make_priors as draw_priors
 from .sampling import load_pipeline, sample, save_print
 
-# %% ../nbs/20_booth.ipynb #d115e1c2
+# %% ../nbs/20_booth.ipynb #6443910c
 class Booth:
     "A session: one subject, one run folder."
     def __init__(self,
@@ -44,7 +44,7 @@ class Booth:
         c.photos = str(photos) if isinstance(photos, (str, Path)) else c.photos if photos is None else ''
         own = f"cuda:{os.environ['LOCAL_RANK']}" if device is None and 'LOCAL_RANK' in os.environ and Settings.auto().device == 'cuda' else device  # a GPU a process
         self.cfg, self.device, self.seconds = config, Settings.auto(own).device, {}
-        check_named(c)
+        check_named(c, self.device)
         check_name(self.pipe.tokenizer, c.token, c.class_noun)
         resolution(c, self.pipe)
         c.out = str(out or c.out or Path('runs')/c.class_noun.replace(' ', '-'))
@@ -122,7 +122,7 @@ def draw_class(self:Booth,
     "Class images of one class, as configured."
     return draw_priors(self.pipe, noun, self.cfg.prior.n, folder, seed=self.cfg.seed, prompts=class_prompts(noun, captions), **self.choice())
 
-# %% ../nbs/20_booth.ipynb #9251d89f
+# %% ../nbs/20_booth.ipynb #823d2cf9
 @patch
 def learned(self:Booth) -> list: # of Concept
     "What is learned: one subject, or those of the configuration; captions and class images that are missing are made."
@@ -144,7 +144,7 @@ def estimate(self:Booth): # Estimate
     save_json(f, dict(dataclasses.asdict(found), peak=found.peak))
     return found
 
-# %% ../nbs/20_booth.ipynb #a028cbb8
+# %% ../nbs/20_booth.ipynb #f0d94221
 @patch
 def train(self:Booth,
     resume:bool=True, # go on from a checkpoint in the run folder
@@ -166,7 +166,7 @@ def train(self:Booth,
     if self.learner.cancelled and not any(getattr(c, 'stop', False) for c in judges): raise KeyboardInterrupt(self.learner.cancelled)
     return self.learner
 
-# %% ../nbs/20_booth.ipynb #72d35820
+# %% ../nbs/20_booth.ipynb #b6ae485b
 @patch
 def judge(self:Booth,
     pipe,        # the pipeline that trains
@@ -181,7 +181,7 @@ def judge(self:Booth,
         return subject_fidelity(self.matcher, prints, self.photos) if c.best == 'subject_fidelity' else prompt_fidelity(self.captioner, prints, asked)
     return Best(score, self.out/'logs'/'scores.jsonl', patience=c.patience)
 
-# %% ../nbs/20_booth.ipynb #25215c5d
+# %% ../nbs/20_booth.ipynb #8af02e62
 @patch
 def print(self:Booth,
     prompt:str,         # such as "a {subject} on a purple background"
@@ -194,7 +194,7 @@ def print(self:Booth,
     "Print the subject somewhere."
     return L(sample(self.model, prompt.replace('{subject}', self.subject), n, steps, guidance, seed=seed, **kw))
 
-# %% ../nbs/20_booth.ipynb #28358477
+# %% ../nbs/20_booth.ipynb #ec9617d7
 @patch
 def save_prints(self:Booth,
     prompts,  # texts with {subject}, one print each
@@ -206,7 +206,7 @@ def save_prints(self:Booth,
         images = sample(self.model, [p.replace('{subject}', self.subject) for p in prompts], seed=[seed + i for i in range(len(prompts))], steps=30, guidance=5.)
         return L(save_print(im, samples/f'{i:02d}.png') for i, im in enumerate(images))
 
-# %% ../nbs/20_booth.ipynb #db043087
+# %% ../nbs/20_booth.ipynb #c5dc1fb3
 _COLOURS = 'purple green red yellow blue pink orange white gray black'.split()
 
 @patch
@@ -232,7 +232,7 @@ def prints_of(self:Booth,
     kw = dict(steps=steps, guidance=guidance)
     return sample(pipe, prompts, seed=[seed + i for i in range(len(prompts))], **kw), sample(pipe, article(self.cfg.class_noun), n_class, seed=seed, **kw)
 
-# %% ../nbs/20_booth.ipynb #7cd02546
+# %% ../nbs/20_booth.ipynb #6e85a531
 @patch
 def evaluate(self:Booth,
     **kw, # steps, guidance, seed, n_class: see `Booth.prints_of`
@@ -248,10 +248,11 @@ def evaluate(self:Booth,
     self.report = Report.compare(*metrics, seconds=self.seconds, recipe=recipe(self.cfg), pictures=rows, subject=self.subject,
                                  captions={'photos': [c.text for c in self.captions], 'prints before training': asked, 'prints after training': self.places()})
     self.report.save(self.out)
+    track_report(self.cfg.trackers, self.out/'logs', self.report)
     contact_sheet({k: rows[k] for k in list(rows)[:3]}, cell=112).save(self.out/'contact-sheet.png')
     return self.report
 
-# %% ../nbs/20_booth.ipynb #401c16cd
+# %% ../nbs/20_booth.ipynb #fa66331e
 def demo(
     out='runs/demo',     # run folder
     subject:str='fox',   # one of the subjects that come with the package

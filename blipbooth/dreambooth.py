@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['PRESETS', 'TrainConfig', 'PriorConfig', 'LossConfig', 'CheckpointConfig', 'PrintsConfig', 'DataConfig',
            'ConceptConfig', 'DreamBoothConfig', 'preset', 'config_fields', 'check_photos', 'load_concepts', 'Trained',
-           'choose_parts', 'token_rows', 'parameter_table', 'DreamBoothLoss', 'learning_rates', 'parameter_groups',
-           'lr_factor', 'make_optimizer', 'make_schedule', 'check_named', 'resolution', 'data_options', 'made_with',
-           'spare_parts', 'run_callbacks', 'build_learner', 'Estimate', 'estimate', 'open_run', 'merge_lora',
-           'export_pipeline']
+           'choose_parts', 'FrozenConv2d', 'LeanGEGLU', 'remember_less', 'token_rows', 'parameter_table',
+           'DreamBoothLoss', 'learning_rates', 'parameter_groups', 'lr_factor', 'make_optimizer', 'make_schedule',
+           'check_named', 'resolution', 'data_options', 'made_with', 'spare_parts', 'run_callbacks', 'build_learner',
+           'Estimate', 'estimate', 'open_run', 'merge_lora', 'export_pipeline']
 
-# %% ../nbs/13_dreambooth.ipynb #18c784cc
+# %% ../nbs/13_dreambooth.ipynb #8c254960
 import dataclasses, json, math, warnings, weakref
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from diffusers.models.activations import GEGLU
 from fastcore.basics import patch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -34,7 +35,7 @@ from .diffusion import add_noise, alpha_sigma, debiased_weight, logit_normal, mi
 from .learner import Callback, Learner
 from .priors import load_priors
 
-# %% ../nbs/13_dreambooth.ipynb #978cfe4b
+# %% ../nbs/13_dreambooth.ipynb #ec931f1c
 def _f(default, doc): return field(default=default, metadata=dict(doc=doc))
 def _sub(cls, doc): return field(default_factory=cls, metadata=dict(doc=doc))
 
@@ -226,12 +227,12 @@ def load(cls:DreamBoothConfig,
     except OmegaConfBaseException as e:
         raise BoothError(f"config key {e.full_key!r}: {str(e).splitlines()[0]}") from None
 
-# %% ../nbs/13_dreambooth.ipynb #4dc84c36
-_LEAST = {'steps': 1, 'batch_size': 1, 'accumulate': 1, 'prior.n': 1, 'prior.weight': 0, 'lr': 0, 'resolution': 0, 'checkpoint.every': 1, 'checkpoint.keep': 1,
+# %% ../nbs/13_dreambooth.ipynb #6bbaf7c3
+_LEAST = {'steps': 1, 'batch_size': 1, 'accumulate': 1, 'prior.n': 1, 'prior.weight': 0, 'prior.threshold': 0, 'prior.dedupe': 0, 'lr': 0, 'resolution': 0, 'checkpoint.every': 1, 'checkpoint.keep': 1,
           'train.rank': 1, 'warmup': 0, 'clip': 0, 'min_snr': 0, 'train.unet_lr': 0, 'train.text_encoder_lr': 0, 'train.token_lr': 0, 'data.views': 1, 'data.colour': 0,
           'data.dropout': 0, 'data.background': 0, 'loss.huber': 1e-6, 'loss.noise_offset': 0, 'loss.input_perturbation': 0, 'loss.t_min': 0, 'loss.t_max': 0, 'loss.t_std': .01,
           'ema': 0, 'checkpoint.epochs': 0, 'checkpoint.minutes': 0, 'checkpoint.patience': 0, 'prints.every': 0, 'prints.steps': 1}
-_MOST = {'ema': .99999, 'data.colour': 1, 'data.dropout': 1, 'data.background': 1}
+_MOST = {'ema': .99999, 'prior.threshold': 1, 'prior.dedupe': 1, 'data.colour': 1, 'data.dropout': 1, 'data.background': 1}
 _CHOICES = {'train.unet': ('off', 'full', 'lora'), 'train.text_encoder': ('off', 'full', 'lora'), 'mixed_precision': ('no', 'fp16', 'bf16'),
             'fit': ('center-crop', 'random-crop', 'letterbox', 'stretch'), 'loss.kind': ('l2', 'huber'), 'loss.timesteps': ('uniform', 'logit-normal'), 'loss.weighting': ('none', 'debiased', 'p2'),
             'data.cache': ('memory', 'disk', 'off'), 'captions': ('captioner', 'sidecars', 'template'), 'checkpoint.best': ('', 'subject_fidelity', 'prompt_fidelity')}
@@ -318,7 +319,7 @@ class Trained(torch.nn.Module):
     ):         # (b, 4, h, w)
         return self.unet(noisy, t, self.text_encoder(ids)[0] if context is None else context).sample
 
-# %% ../nbs/13_dreambooth.ipynb #8228bf63
+# %% ../nbs/13_dreambooth.ipynb #4814ab9a
 def choose_parts(
     pipe,           # StableDiffusionPipeline
     cfg,            # DreamBoothConfig
@@ -335,9 +336,59 @@ def choose_parts(
                 torch.manual_seed(stateless_seed(cfg.seed, 'lora', name) % 2**31)
                 part.add_adapter(LoraConfig(r=cfg.train.rank, lora_alpha=cfg.train.rank, init_lora_weights='gaussian', target_modules=_LORA[name]))
     if cfg.train.token and cfg.train.text_encoder != 'full': _open_rows(pipe, [c.token for c in cfg.concepts] or [cfg.token])
+    remember_less(net.unet)
     return net
 
-# %% ../nbs/13_dreambooth.ipynb #ed4b09ef
+# %% ../nbs/13_dreambooth.ipynb #879bd32b
+class _Frozen(torch.autograd.Function):
+    "A convolution that keeps its weights and not its input."
+    @staticmethod
+    def forward(ctx, x, weight, bias, *how):
+        ctx.save_for_backward(weight)
+        ctx.size, ctx.dtype, ctx.how = x.shape, x.dtype, how
+        return F.conv2d(x, weight, bias, *how)
+
+    @staticmethod
+    def backward(ctx, g):
+        (w,), (stride, padding, dilation, groups) = ctx.saved_tensors, ctx.how
+        x = g.new_empty(ctx.size)  # never read: it stands for the input's shape
+        dx = torch.ops.aten.convolution_backward(g, x, w.to(g.dtype), None, stride, padding, dilation, False, [0, 0], groups, [True, False, False])[0]
+        return dx.to(ctx.dtype), *[None]*6
+
+class FrozenConv2d(torch.nn.Conv2d):
+    "A `Conv2d` that forgets its input as long as its weights are frozen."
+    def _conv_forward(self, x, weight, bias):
+        learns = weight.requires_grad or bias is not None and bias.requires_grad
+        if learns or not x.requires_grad or self.padding_mode != 'zeros' or isinstance(self.padding, str): return super()._conv_forward(x, weight, bias)
+        return _Frozen.apply(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+# %% ../nbs/13_dreambooth.ipynb #5bb4714a
+class _Gate(torch.autograd.Function):
+    "a·gelu(b) of [a, b]; gelu(b) is found again on the way back."
+    @staticmethod
+    def forward(ctx, y):
+        ctx.save_for_backward(y)
+        a, b = y.chunk(2, -1)
+        return a*F.gelu(b)
+
+    @staticmethod
+    def backward(ctx, g):
+        a, b = ctx.saved_tensors[0].chunk(2, -1)
+        return torch.cat([g*F.gelu(b), torch.ops.aten.gelu_backward(g*a, b)], -1)
+
+class LeanGEGLU(GEGLU):
+    "diffusers' GEGLU with one copy of its hidden layer instead of three halves."
+    def forward(self, hidden_states, *args, **kwargs): return _Gate.apply(self.proj(hidden_states))
+
+_LEAN = {torch.nn.Conv2d: FrozenConv2d, GEGLU: LeanGEGLU}
+
+def remember_less(
+    net, # a module; its layers change their class, not their weights
+):
+    "Let frozen convolutions and gates keep less for the backward pass; the gradients stay what they are."
+    for m in net.modules(): m.__class__ = _LEAN.get(type(m), type(m))
+
+# %% ../nbs/13_dreambooth.ipynb #07ecca4b
 def token_rows(
     pipe,  # StableDiffusionPipeline
     token, # the rare token
@@ -353,7 +404,7 @@ def _open_rows(pipe, tokens):
     w.requires_grad_(True)
     w.register_hook(lambda g: g*mask.to(g))
 
-# %% ../nbs/13_dreambooth.ipynb #80f2a4e2
+# %% ../nbs/13_dreambooth.ipynb #a6e4b16d
 def parameter_table(
     net:Trained, # what trains
     pipe,        # the pipeline it belongs to
@@ -363,7 +414,7 @@ def parameter_table(
     n = lambda m, grad: sum(p.numel() for p in m.parameters() if p.requires_grad == grad)
     return {k: (n(m, True), n(m, False)) for k, m in parts.items()}
 
-# %% ../nbs/13_dreambooth.ipynb #b0043e34
+# %% ../nbs/13_dreambooth.ipynb #893d219f
 class DreamBoothLoss:
     "Denoising loss with prior preservation."
     def __init__(self,
@@ -386,7 +437,7 @@ class DreamBoothLoss:
         if self.gamma: return min_snr_weight(ratio, self.gamma, self.kind)
         return dict(debiased=debiased_weight, p2=p2_weight)[self.cfg.weighting](ratio, kind=self.kind)
 
-# %% ../nbs/13_dreambooth.ipynb #b316a5b5
+# %% ../nbs/13_dreambooth.ipynb #a8d04995
 @patch
 def each(self:DreamBoothLoss,
     net, # a Trained module
@@ -405,7 +456,7 @@ def each(self:DreamBoothLoss,
         each = (error.mean(1, keepdim=True)*w).sum((1, 2))/w.sum((1, 2)).clamp(min=1e-6)
     return each*self.weights(snr(a, s)).flatten().to(each) if self.gamma or self.cfg.weighting != 'none' else each
 
-# %% ../nbs/13_dreambooth.ipynb #d3ccf062
+# %% ../nbs/13_dreambooth.ipynb #ef142f8a
 @patch
 def __call__(self:DreamBoothLoss,
     net, # a Trained module
@@ -419,7 +470,7 @@ def __call__(self:DreamBoothLoss,
     loss, subject, prior = prior_loss(each, b['n_subject'], self.weight)
     return dict(loss=loss, subject=subject, prior=prior)
 
-# %% ../nbs/13_dreambooth.ipynb #62324f26
+# %% ../nbs/13_dreambooth.ipynb #9148b842
 def learning_rates(
     cfg,  # DreamBoothConfig
     pipe, # StableDiffusionPipeline
@@ -429,7 +480,7 @@ def learning_rates(
     suits = dict(unet=cfg.train.unet, text_encoder=cfg.train.text_encoder, token='token')
     return {k: getattr(cfg.train, f'{k}_lr') or cfg.lr or (full if how in ('full', 'off') else lora) for k, how in suits.items()}
 
-# %% ../nbs/13_dreambooth.ipynb #af34124e
+# %% ../nbs/13_dreambooth.ipynb #ca9c7636
 def parameter_groups(
     net:Trained, # what trains
     cfg,         # DreamBoothConfig
@@ -443,7 +494,7 @@ def parameter_groups(
         if p.requires_grad: groups.setdefault((rates[what], 0. if what == 'token' else cfg.weight_decay), []).append(p)
     return [dict(params=ps, lr=lr, weight_decay=wd) for (lr, wd), ps in groups.items()]
 
-# %% ../nbs/13_dreambooth.ipynb #c099a61d
+# %% ../nbs/13_dreambooth.ipynb #61772023
 def lr_factor(
     cfg,      # gives warmup, schedule and steps
     step:int, # the step, counted from 0
@@ -452,7 +503,7 @@ def lr_factor(
     warm, done = min(1., (step + 1)/max(1, cfg.warmup)), min(1., max(0, step - cfg.warmup)/max(1, cfg.steps - cfg.warmup))
     return warm*dict(constant=1., linear=1 - done, cosine=.5*(1 + math.cos(math.pi*done)))[cfg.schedule]
 
-# %% ../nbs/13_dreambooth.ipynb #5d1871ad
+# %% ../nbs/13_dreambooth.ipynb #15785d98
 def _named(what, dotted, example):
     "What a dotted name stands for."
     mod, _, name = dotted.rpartition('.')
@@ -468,9 +519,10 @@ def make_optimizer(
     cfg,    # gives optimizer and optimizer_args
     groups, # see `parameter_groups`
 ):          # torch.optim.Optimizer
-    "The configured optimizer."
-    cls = _named('optimizer', cfg.optimizer, 'torch.optim.AdamW')
-    return _made(cfg.optimizer, cls, groups, dict(lr=groups[0]['lr'], **cfg.optimizer_args), 'optimizer_args')
+    "The configured optimizer; torch's Adam and AdamW take all parameters in one pass (`fused`), unless told how."
+    cls, said = _named('optimizer', cfg.optimizer, 'torch.optim.AdamW'), dict(cfg.optimizer_args)
+    own = cls in (torch.optim.Adam, torch.optim.AdamW) and not {'fused', 'foreach', 'differentiable'} & set(said)
+    return _made(cfg.optimizer, cls, groups, dict(lr=groups[0]['lr'], **said, **(dict(fused=True) if own else {})), 'optimizer_args')
 
 def make_schedule(
     cfg, # gives schedule, schedule_args, warmup and steps
@@ -480,7 +532,7 @@ def make_schedule(
     if '.' not in cfg.schedule: return torch.optim.lr_scheduler.LambdaLR(opt, lambda s: lr_factor(cfg, s))
     return _made(cfg.schedule, _named('schedule', cfg.schedule, 'torch.optim.lr_scheduler.StepLR'), opt, cfg.schedule_args, 'schedule_args')
 
-# %% ../nbs/13_dreambooth.ipynb #b79ccd99
+# %% ../nbs/13_dreambooth.ipynb #8a013d1f
 def check_named(
     cfg,         # DreamBoothConfig
     device=None, # where it will train; None: that is not looked at
@@ -490,14 +542,14 @@ def check_named(
     make_schedule(cfg, make_optimizer(cfg, [dict(params=[torch.nn.Parameter(torch.zeros(1))], lr=cfg.lr)]))
     if cfg.mixed_precision == 'fp16' and torch.device(device or 'cuda').type == 'cpu': raise BoothError("mixed_precision=fp16 needs a GPU; on a CPU use bf16 or no")
 
-# %% ../nbs/13_dreambooth.ipynb #97bdc9fc
+# %% ../nbs/13_dreambooth.ipynb #493b75b2
 def resolution(cfg, pipe):
     "The configured resolution, or the model's own."
     size, f = cfg.resolution or pipe.unet.config.sample_size*pipe.vae_scale_factor, pipe.vae_scale_factor*2**(len(pipe.unet.config.block_out_channels) - 1)
     if size % f: raise BoothError(f"resolution={size} is not a multiple of {f}; try {round(size/f)*f or f}")
     return size
 
-# %% ../nbs/13_dreambooth.ipynb #9b0a1e99
+# %% ../nbs/13_dreambooth.ipynb #6d444e7f
 def data_options(
     cfg,      # DreamBoothConfig
     out=None, # run folder
@@ -522,7 +574,7 @@ def made_with(
     info |= dict(photo_hashes=all_of(lambda c: [p.hash for p in c.photos]), captions=all_of(lambda c: c.captions), priors=all_of(lambda c: [r['hash'] for r in c.priors.kept] if c.priors else []))
     return info | dict(subjects=[[c.subject, len(c.photos), c.weight] for c in concepts], masks=all_of(lambda c: [file_hash(m.tobytes()) for m in c.masks or ()]))
 
-# %% ../nbs/13_dreambooth.ipynb #b1a008d8
+# %% ../nbs/13_dreambooth.ipynb #48a3dff9
 def _check_concepts(pipe, concepts, cfg):
     "Names the model can learn, enough photos, masks where they are asked for."
     check_named(cfg, pipe.device)
@@ -539,7 +591,7 @@ def spare_parts(
     o = data_options(cfg)
     return [pipe.vae]*(o['cache'] != 'off') + [pipe.text_encoder]*o['context']
 
-# %% ../nbs/13_dreambooth.ipynb #10f1bd5d
+# %% ../nbs/13_dreambooth.ipynb #b0a00883
 def run_callbacks(
     pipe,     # the pipeline that trains
     concepts, # of Concept
@@ -558,7 +610,7 @@ def run_callbacks(
     prints = Prints(pipe, [t.replace('{subject}', subject) for t in p.prompts], out/'samples', p.every, cfg.seed, steps=p.steps, guidance=p.guidance) if p.every else None
     return [LossLog(out/'logs'/'loss.jsonl'), keep] + [prints]*bool(prints)
 
-# %% ../nbs/13_dreambooth.ipynb #b00cbff4
+# %% ../nbs/13_dreambooth.ipynb #de80d37a
 def build_learner(
     pipe,            # StableDiffusionPipeline to train; it is changed
     concept,         # a Concept (photos, captions, class images), or a list of them
@@ -592,7 +644,7 @@ def _checkpointing(pipe):
     text = pipe.text_encoder  # transformers 5 gave the method another name
     if any(p.requires_grad for p in text.parameters()): getattr(text, 'activation_checkpointing_enable', text.gradient_checkpointing_enable)()
 
-# %% ../nbs/13_dreambooth.ipynb #7a2ae97a
+# %% ../nbs/13_dreambooth.ipynb #01eb90e5
 class _Alive(TorchDispatchMode):
     "Adds up the bytes of all tensors that are alive, but for those of a model that is there anyway."
     def __init__(self, model):
@@ -625,7 +677,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad): return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
 
-# %% ../nbs/13_dreambooth.ipynb #735a5cd1
+# %% ../nbs/13_dreambooth.ipynb #4e8a6343
 @contextmanager
 def _fused_attention():
     real = F.scaled_dot_product_attention
@@ -652,7 +704,7 @@ def _one_step(net, twin, cfg):
         (net(noisy, t, ids, context).float() - torch.empty_like(noisy)).pow(2).mean().backward()
     return alive.peak
 
-# %% ../nbs/13_dreambooth.ipynb #682e88a2
+# %% ../nbs/13_dreambooth.ipynb #145c4d07
 @dataclass
 class Estimate:
     "What a training takes; sizes in bytes, of float32 (half precision takes less)."
@@ -670,7 +722,7 @@ class Estimate:
         sizes = [f'{k:14}{mb(getattr(self, k)):>14}' for k in ('weights', 'gradients', 'optimizer', 'activations')]
         return '\n'.join([*rows, *sizes, f"{'peak memory':14}{mb(self.peak):>14}", f"{'checkpoint':14}{mb(self.checkpoint):>14}"])
 
-# %% ../nbs/13_dreambooth.ipynb #7ca7c019
+# %% ../nbs/13_dreambooth.ipynb #8586343b
 def estimate(
     pipe, # StableDiffusionPipeline; it is not changed
     cfg,  # DreamBoothConfig
@@ -687,7 +739,7 @@ def estimate(
     average = gradients if cfg.ema else 0
     return Estimate(table, weights + average, gradients, moments, _one_step(net, twin, cfg) - gradients, gradients + moments + average)
 
-# %% ../nbs/13_dreambooth.ipynb #88bf5dea
+# %% ../nbs/13_dreambooth.ipynb #86cc0ce3
 def _moments(cfg):
     "Numbers that the optimizer keeps for each one that trains, found by trying it."
     p = torch.nn.Parameter(torch.ones(1000))
@@ -696,7 +748,7 @@ def _moments(cfg):
     opt.step()
     return sum(v.numel() for v in opt.state[p].values() if torch.is_tensor(v) and v.numel() > 1)/1000
 
-# %% ../nbs/13_dreambooth.ipynb #97c6f38d
+# %% ../nbs/13_dreambooth.ipynb #4d41335d
 def open_run(
     run,             # run folder
     checkpoint=None, # a checkpoint folder; None: `best` where it is chosen, else the newest whole one
@@ -714,7 +766,7 @@ def open_run(
     load_weights(choose_parts(pipe, cfg), checkpoint, average=True)
     return pipe, cfg
 
-# %% ../nbs/13_dreambooth.ipynb #a1d96d81
+# %% ../nbs/13_dreambooth.ipynb #909e87c5
 def merge_lora(
     pipe, # a StableDiffusionPipeline with LoRA matrices; it is changed
 ):
