@@ -77,7 +77,7 @@ def match(
     for p, row in zip(photos, probs):
         for t, v in zip(texts, row): print(f'{p.name}\t{v:.3f}\t{t}')
 
-# %% ../nbs/22_cli.ipynb #5ddbdaf1
+# %% ../nbs/22_cli.ipynb #d5621e17
 def priors(
     noun:str,          # what the class is, such as fox
     out:str=None,      # folder; without one, the cache keeps them
@@ -91,6 +91,7 @@ def priors(
     steps:int=25,      # sampling steps
     guidance:float=4., # classifier-free guidance
     batch:int=16,      # pictures at a time
+    tries:int=4,       # with --threshold or --dedupe: at most this many times n are drawn
     check:bool=False,  # draw nothing: check the class images in --out
 ):
     "Draw class images with an untouched model."
@@ -101,7 +102,7 @@ def priors(
     if check and not out: raise BoothError("--check without --out: name the folder to check")
     matcher = Matcher.from_pretrained() if threshold or dedupe else None
     if check: made = load_priors(out, noun, matcher, threshold, dedupe)
-    else: made = make_priors(load_pipeline(model), noun, n, out, seed, _class_prompts(noun, prompts, photos), matcher, threshold, dedupe, steps, guidance, batch)
+    else: made = make_priors(load_pipeline(model), noun, n, out, seed, _class_prompts(noun, prompts, photos), matcher, threshold, dedupe, steps, guidance, batch, tries)
     print(f'{made}: {made.folder}')
     print('\n'.join(f'{k.replace("_", " "):18}{v}' for k, v in made.summary().items()))
 
@@ -171,7 +172,7 @@ def evaluate(
     from blipbooth.booth import Booth
     print(Booth(config=_config([], run), out=run).evaluate(steps=steps, guidance=guidance, n_class=n_class))
 
-# %% ../nbs/22_cli.ipynb #60651ba2
+# %% ../nbs/22_cli.ipynb #cee239bf
 def sample(
     *prompt,            # one or more, such as "a {subject} on a purple background"; none with --like
     out:str='prints',   # folder for the pictures
@@ -190,24 +191,36 @@ def sample(
     strength:float=None,# with --init: the share of the way that is printed; without it 0.8, with --mask 1
     mask:str=None,      # with --init: white where to print, black where to keep the photo
     long:bool=False,    # read prompts beyond the token limit in pieces
+    size:int=None,      # pixels, height and width; without it, the model's own
+    interval:str=None,  # guide this share of the way alone, such as 0.2,0.6
+    rescale:float=0.,   # guidance rescale, up to 1
+    batch:int=None,     # pictures at a time
 ):
     "Print pictures from a prompt, or make a print again."
     from blipbooth.core import BoothError, for_writing
     from blipbooth.diffusion import Guidance
     from blipbooth.sampling import sample as run_sample, save_print
-    given = dict(n=n, steps=steps, guidance=guidance, how=how, schedule=schedule, negative=negative, seed=seed, scheduler=scheduler, strength=strength, long=long)
+    given = dict(n=n, steps=steps, guidance=guidance, how=how, schedule=schedule, negative=negative, seed=seed, scheduler=scheduler, strength=strength, long=long, size=size, interval=interval, rescale=rescale)
     if like: recipe = _again(like, prompt, given, init, mask)
     elif not prompt: raise BoothError('0 prompts; give at least one, such as "a fox on a red background", or a print with --like')
     pipe, subject = _printer(run, model)
     if not like:
-        recipe = {k: v for k, v in given.items() if k not in ('how', 'schedule')}
-        recipe.update(prompt=list(prompt), guidance=Guidance(guidance, how, schedule), init=init, mask=mask, subject=subject)
+        recipe = {k: v for k, v in given.items() if k not in ('how', 'schedule', 'interval', 'rescale')}
+        recipe.update(prompt=list(prompt), guidance=Guidance(guidance, how, schedule, **_over(interval, rescale)), init=init, mask=mask, subject=subject)
     with for_writing(out) as folder:
-        for i, im in enumerate(run_sample(pipe, **recipe)):
+        for i, im in enumerate(run_sample(pipe, batch=batch, **recipe)):
             made = im.info['recipe']
             print(save_print(im, folder/f"{made['seed']:04d}-{i if not like else made['index']:03d}.png"))
 
-# %% ../nbs/22_cli.ipynb #ce778804
+# %% ../nbs/22_cli.ipynb #cad374b9
+def _over(interval, rescale):
+    "What of guidance was asked for beyond its strength."
+    from blipbooth.core import BoothError
+    try: span = tuple(float(o) for o in interval.split(',')) if interval else None
+    except ValueError: span = ()
+    if span is not None and len(span) != 2: raise BoothError(f"--interval {interval} is no share of the way; give two numbers from 0 to 1, such as 0.2,0.6")
+    return {**({'interval': span} if span else {}), **({'rescale': rescale} if rescale else {})}
+
 def _printer(run, model):
     "The model of a run with its subject's name, or another model and None."
     from blipbooth.dreambooth import open_run

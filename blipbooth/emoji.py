@@ -898,7 +898,7 @@ _CARDS = dict(
     diffusion=('stable-diffusion', 'A small Stable Diffusion (15M parameters, 64×64 pictures) that prints the emoji world.',
                'blipbooth.emoji.train_vae, train_decoder, then train_diffusion: v-prediction, captions dropped one time in ten, averaged weights.'))
 
-# %% ../nbs/30_emoji.ipynb #4ad8f86b
+# %% ../nbs/30_emoji.ipynb #7508fcf3
 _DATA = """Scenes of 64×64 pixels with one or two objects on a named colour, drawn by `blipbooth.emoji` from six icon sets: noto and noto-v1
 (Google, Apache-2.0), twemoji (Twitter and contributors, CC-BY-4.0), emojione (EmojiOne, CC-BY-4.0), fluent-emoji and fluent-emoji-flat
 (Microsoft, MIT). Captioner and matcher read four more: fxemoji (Mozilla, Apache-2.0), fluent-emoji-high-contrast (Microsoft, MIT),
@@ -910,7 +910,7 @@ _SHIPPED = dict(
     matcher="""6,000 steps of 80 pictures, from the captioner. The head that points at words came in after 1,900 of them, the larger share of
 scenes with two objects after 2,700.""",
     diffusion="""Autoencoder: 3,800 steps of 16 pictures, then 1,400 with the loss on shrunk latents; the decoder's own stage was not run.
-UNet: 7,340 of 7,700 planned steps of 32, on the 21,700 scenes of noto and twemoji, unflipped, among 60,000 that were drawn with a third set. Its text encoder
+UNet: 12,300 steps of 32 (the rate held for 8,400, then fell), on the 21,700 scenes of noto and twemoji, unflipped, among 60,000 that were drawn with a third set. Its text encoder
 began as one that had learned 119 nouns from three sets.""")
 
 # %% ../nbs/30_emoji.ipynb #6080ceaa

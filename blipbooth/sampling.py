@@ -205,13 +205,16 @@ def _read(pipe, ids, mask, batch):
     return torch.cat([pipe.text_encoder(i.to(device), attention_mask=m.to(device) if masked else None)[0]
                       for i, m in zip(ids.split(batch), mask.split(batch))])
 
-# %% ../nbs/08_sampling.ipynb #8c8d024d
+# %% ../nbs/08_sampling.ipynb #221c4501
 def fill(
     prompt:str, # a text, perhaps with `{subject}` in it
     subject:str=None, # what goes there, such as "sks dog"
 )->str: # the prompt to print
     "A prompt with its subject in place."
-    if not isinstance(prompt, str) or '{subject}' not in prompt: return prompt
+    if not isinstance(prompt, str): return prompt
+    for o in re.findall(r'\{(\w*)\}', prompt):
+        if o != 'subject': raise BoothError(f"the prompt {prompt!r} has a place {{{o}}}, and only {{subject}} can be filled; did you mean {{subject}}?")
+    if '{subject}' not in prompt: return prompt
     if not subject: raise BoothError(f"the prompt {prompt!r} has a place for a subject, and there is none; give it, such as subject='sks dog'")
     return prompt.replace('{subject}', str(subject))
 
