@@ -7,8 +7,9 @@ __all__ = ['LossLog', 'Progress', 'NaNGuard', 'save_checkpoint', 'whole', 'load_
            'Interrupts', 'LetGo', 'everything', 'EMA', 'Prints', 'Best', 'check_trackers', 'same_run', 'Track',
            'track_images', 'track_report', 'plot_losses', 'LivePlot']
 
-# %% ../nbs/12_callbacks.ipynb #7b0787be
+# %% ../nbs/12_callbacks.ipynb #346e3763
 import json, math, os, shutil, signal, tempfile, threading, time, warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -85,7 +86,7 @@ class NaNGuard(Callback):
         last = next((c.last() for c in self.learn.cbs if isinstance(c, Checkpoints)), None)
         raise BoothError(f"{why} (last good checkpoint: {last or 'none'})")
 
-# %% ../nbs/12_callbacks.ipynb #675ba377
+# %% ../nbs/12_callbacks.ipynb #afdcd2fa
 def _trainable(model): return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
 def _split(tensors): # {"unet.conv.weight": …} -> {"unet": {"conv.weight": …}}: one file a part
@@ -94,6 +95,9 @@ def _split(tensors): # {"unet.conv.weight": …} -> {"unet": {"conv.weight": …
     return parts
 
 def _versions(): return {k: metadata.version(k) for k in ('torch', 'diffusers', 'transformers', 'accelerate', 'peft')}
+
+def _flush(f):
+    with open(f, 'rb') as o: os.fsync(o.fileno())
 
 def save_checkpoint(
     learn,      # a Learner
@@ -105,12 +109,16 @@ def save_checkpoint(
     inner = getattr(learn.opt, 'optimizer', learn.opt)
     moments = {f'{k}/{names[p]}': v for p, s in inner.state.items() for k, v in s.items() if torch.is_tensor(v)}
     cpu = lambda d: {k: v.detach().cpu().contiguous() for k, v in d.items()}
-    with atomic_dir(folder) as tmp:
-        for part, ps in _split(_trainable(learn.model)).items(): save_file(cpu(ps), tmp/f'{part}.safetensors')
-        for name, ts in {'optimizer': moments, **{c.file: c.tensors() for c in learn.cbs if hasattr(c, 'tensors')}}.items(): save_file(cpu(ts), tmp/f'{name}.safetensors')
+    files = {**_split(_trainable(learn.model)), 'optimizer': moments, **{c.file: c.tensors() for c in learn.cbs if hasattr(c, 'tensors')}}
+    with atomic_dir(folder) as tmp, ThreadPoolExecutor() as pool:
+        waits = {}  # while a file goes to the disk and is summed up, the next one is written
+        for f, ts in ((tmp/f'{name}.safetensors', ts) for name, ts in files.items()):
+            save_file(cpu(ts), f)
+            waits[f.name] = pool.submit(_flush, f), pool.submit(file_hash, f)
+        for flush, _ in waits.values(): flush.result()
         scaler = learn.accelerator.scaler
         state = dict(step=learn.step, trained=sorted(_trainable(learn.model)), sched=learn.sched.state_dict() if learn.sched else None, scaler=scaler.state_dict() if scaler else None,
-                     lr=[g['lr'] for g in inner.param_groups], info=info or {}, versions=_versions(), sums={f.name: file_hash(f) for f in sorted(tmp.glob('*.safetensors'))})
+                     lr=[g['lr'] for g in inner.param_groups], info=info or {}, versions=_versions(), sums={n: h.result() for n, (_, h) in sorted(waits.items())})
         save_json(tmp/'state.json', state)
 
 # %% ../nbs/12_callbacks.ipynb #594f0f69
