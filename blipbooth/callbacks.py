@@ -86,7 +86,7 @@ class NaNGuard(Callback):
         last = next((c.last() for c in self.learn.cbs if isinstance(c, Checkpoints)), None)
         raise BoothError(f"{why} (last good checkpoint: {last or 'none'})")
 
-# %% ../nbs/12_callbacks.ipynb #afdcd2fa
+# %% ../nbs/12_callbacks.ipynb #81c93395
 def _trainable(model): return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
 def _split(tensors): # {"unet.conv.weight": …} -> {"unet": {"conv.weight": …}}: one file a part
@@ -112,8 +112,8 @@ def save_checkpoint(
     files = {**_split(_trainable(learn.model)), 'optimizer': moments, **{c.file: c.tensors() for c in learn.cbs if hasattr(c, 'tensors')}}
     with atomic_dir(folder) as tmp, ThreadPoolExecutor() as pool:
         waits = {}  # while a file goes to the disk and is summed up, the next one is written
-        for f, ts in ((tmp/f'{name}.safetensors', ts) for name, ts in files.items()):
-            save_file(cpu(ts), f)
+        for name, ts in files.items():
+            save_file(cpu(ts), f := tmp/f'{name}.safetensors')
             waits[f.name] = pool.submit(_flush, f), pool.submit(file_hash, f)
         for flush, _ in waits.values(): flush.result()
         scaler = learn.accelerator.scaler

@@ -172,7 +172,7 @@ def evaluate(
     from blipbooth.booth import Booth
     print(Booth(config=_config([], run), out=run).evaluate(steps=steps, guidance=guidance, n_class=n_class))
 
-# %% ../nbs/22_cli.ipynb #cee239bf
+# %% ../nbs/22_cli.ipynb #aad0a5cf
 def sample(
     *prompt,            # one or more, such as "a {subject} on a purple background"; none with --like
     out:str='prints',   # folder for the pictures
@@ -205,21 +205,20 @@ def sample(
     elif not prompt: raise BoothError('0 prompts; give at least one, such as "a fox on a red background", or a print with --like')
     pipe, subject = _printer(run, model)
     if not like:
-        recipe = {k: v for k, v in given.items() if k not in ('how', 'schedule', 'interval', 'rescale')}
-        recipe.update(prompt=list(prompt), guidance=Guidance(guidance, how, schedule, **_over(interval, rescale)), init=init, mask=mask, subject=subject)
+        recipe = {k: v for k, v in given.items() if k not in ('how', 'schedule')}
+        recipe.update(prompt=list(prompt), guidance=Guidance(guidance, how, schedule), interval=_span(interval), init=init, mask=mask, subject=subject)
     with for_writing(out) as folder:
         for i, im in enumerate(run_sample(pipe, batch=batch, **recipe)):
             made = im.info['recipe']
             print(save_print(im, folder/f"{made['seed']:04d}-{i if not like else made['index']:03d}.png"))
 
-# %% ../nbs/22_cli.ipynb #cad374b9
-def _over(interval, rescale):
-    "What of guidance was asked for beyond its strength."
+# %% ../nbs/22_cli.ipynb #4fb343b6
+def _span(interval):
+    "Two shares of the way from a text such as 0.2,0.6; None for all of it."
     from blipbooth.core import BoothError
-    try: span = tuple(float(o) for o in interval.split(',')) if interval else None
-    except ValueError: span = ()
-    if span is not None and len(span) != 2: raise BoothError(f"--interval {interval} is no share of the way; give two numbers from 0 to 1, such as 0.2,0.6")
-    return {**({'interval': span} if span else {}), **({'rescale': rescale} if rescale else {})}
+    try: a, b = (float(o) for o in interval.split(',')) if interval else (None, None)
+    except ValueError: raise BoothError(f"--interval {interval} is no share of the way; give two numbers from 0 to 1, such as 0.2,0.6") from None
+    return (a, b) if interval else None
 
 def _printer(run, model):
     "The model of a run with its subject's name, or another model and None."

@@ -503,7 +503,7 @@ def lr_factor(
     warm, done = min(1., (step + 1)/max(1, cfg.warmup)), min(1., max(0, step - cfg.warmup)/max(1, cfg.steps - cfg.warmup))
     return warm*dict(constant=1., linear=1 - done, cosine=.5*(1 + math.cos(math.pi*done)))[cfg.schedule]
 
-# %% ../nbs/13_dreambooth.ipynb #15785d98
+# %% ../nbs/13_dreambooth.ipynb #d28d607f
 def _named(what, dotted, example):
     "What a dotted name stands for."
     mod, _, name = dotted.rpartition('.')
@@ -521,8 +521,8 @@ def make_optimizer(
 ):          # torch.optim.Optimizer
     "The configured optimizer; torch's Adam and AdamW take all parameters in one pass (`fused`), unless told how."
     cls, said = _named('optimizer', cfg.optimizer, 'torch.optim.AdamW'), dict(cfg.optimizer_args)
-    own = cls in (torch.optim.Adam, torch.optim.AdamW) and not {'fused', 'foreach', 'differentiable'} & set(said)
-    return _made(cfg.optimizer, cls, groups, dict(lr=groups[0]['lr'], **said, **(dict(fused=True) if own else {})), 'optimizer_args')
+    if cls in (torch.optim.Adam, torch.optim.AdamW) and not {'fused', 'foreach', 'differentiable'} & set(said): said['fused'] = True
+    return _made(cfg.optimizer, cls, groups, dict(lr=groups[0]['lr'], **said), 'optimizer_args')
 
 def make_schedule(
     cfg, # gives schedule, schedule_args, warmup and steps
@@ -532,7 +532,7 @@ def make_schedule(
     if '.' not in cfg.schedule: return torch.optim.lr_scheduler.LambdaLR(opt, lambda s: lr_factor(cfg, s))
     return _made(cfg.schedule, _named('schedule', cfg.schedule, 'torch.optim.lr_scheduler.StepLR'), opt, cfg.schedule_args, 'schedule_args')
 
-# %% ../nbs/13_dreambooth.ipynb #8a013d1f
+# %% ../nbs/13_dreambooth.ipynb #7bf52e9b
 def check_named(
     cfg,         # DreamBoothConfig
     device=None, # where it will train; None: that is not looked at
@@ -540,7 +540,7 @@ def check_named(
     "Refuse an optimizer, a schedule or a tracker that cannot be had, arguments they do not take, and numbers the device cannot train with."
     check_trackers(cfg.trackers)
     make_schedule(cfg, make_optimizer(cfg, [dict(params=[torch.nn.Parameter(torch.zeros(1))], lr=cfg.lr)]))
-    if cfg.mixed_precision == 'fp16' and torch.device(device or 'cuda').type == 'cpu': raise BoothError("mixed_precision=fp16 needs a GPU; on a CPU use bf16 or no")
+    if cfg.mixed_precision == 'fp16' and device and torch.device(device).type == 'cpu': raise BoothError("mixed_precision=fp16 needs a GPU; on a CPU use bf16 or no")
 
 # %% ../nbs/13_dreambooth.ipynb #493b75b2
 def resolution(cfg, pipe):

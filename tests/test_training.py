@@ -154,7 +154,7 @@ def test_killed_in_a_notebook_goes_on_in_a_terminal(four, tmp_path):
 
 def test_tensorboard(tmp_path):
     "Hyper-parameters, losses, prints and the report, as TensorBoard's own reader finds them."
-    board = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator', reason='TensorBoard is optional')
+    from tensorboard.backend.event_processing import event_accumulator as board
     run(said(tmp_path/'run', 'steps=3', 'trackers=[tensorboard]', 'prints.every=3', 'prints.steps=2', 'prior.n=2'), tmp_path)
     report = SimpleNamespace(metrics=dict(subject_fidelity=dict(before=.5, after=.75)), seconds=dict(train=2.), pictures={'photos': [Image.new('RGB', (8, 6))]})
     track_report(['tensorboard'], tmp_path/'run'/'logs', report)
