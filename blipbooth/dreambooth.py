@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PRESETS', 'TrainConfig', 'PriorConfig', 'LossConfig', 'CheckpointConfig', 'PrintsConfig', 'DataConfig',
            'ConceptConfig', 'DreamBoothConfig', 'preset', 'config_fields', 'check_photos', 'load_concepts', 'Trained',
-           'choose_parts', 'FrozenConv2d', 'LeanGEGLU', 'remember_less', 'token_rows', 'parameter_table',
-           'DreamBoothLoss', 'learning_rates', 'parameter_groups', 'lr_factor', 'make_optimizer', 'make_schedule',
-           'check_named', 'resolution', 'data_options', 'made_with', 'spare_parts', 'run_callbacks', 'build_learner',
-           'Estimate', 'estimate', 'open_run', 'merge_lora', 'export_pipeline']
+           'choose_parts', 'FrozenConv2d', 'LeanGEGLU', 'FrozenGroupNorm', 'LeanSiLU', 'remember_less', 'token_rows',
+           'parameter_table', 'DreamBoothLoss', 'learning_rates', 'parameter_groups', 'lr_factor', 'make_optimizer',
+           'make_schedule', 'check_named', 'resolution', 'data_options', 'made_with', 'spare_parts', 'run_callbacks',
+           'build_learner', 'Estimate', 'estimate', 'open_run', 'merge_lora', 'export_pipeline']
 
 # %% ../nbs/13_dreambooth.ipynb #8c254960
 import dataclasses, json, math, warnings, weakref
@@ -362,33 +362,63 @@ class FrozenConv2d(torch.nn.Conv2d):
         if learns or not x.requires_grad or self.padding_mode != 'zeros' or isinstance(self.padding, str): return super()._conv_forward(x, weight, bias)
         return _Frozen.apply(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
-# %% ../nbs/13_dreambooth.ipynb #5bb4714a
+# %% ../nbs/13_dreambooth.ipynb #29b11ff8
 class _Gate(torch.autograd.Function):
-    "a·gelu(b) of [a, b]; gelu(b) is found again on the way back."
+    "a·gelu(b) of [a, b] = x, or of [a, b] = Wx + c with frozen W and c; what follows from x is found again on the way back."
     @staticmethod
-    def forward(ctx, y):
-        ctx.save_for_backward(y)
-        a, b = y.chunk(2, -1)
+    def forward(ctx, x, *frozen):
+        ctx.save_for_backward(x, *frozen)
+        ctx.dtype = x.dtype
+        a, b = (F.linear(x, *frozen) if frozen else x).chunk(2, -1)
         return a*F.gelu(b)
 
     @staticmethod
     def backward(ctx, g):
-        a, b = ctx.saved_tensors[0].chunk(2, -1)
-        return torch.cat([g*F.gelu(b), torch.ops.aten.gelu_backward(g*a, b)], -1)
+        x, *frozen = (o if o is None else o.to(g.dtype) for o in ctx.saved_tensors)
+        a, b = (F.linear(x, *frozen) if frozen else x).chunk(2, -1)
+        dy = torch.cat([g*F.gelu(b), torch.ops.aten.gelu_backward(g*a, b)], -1)
+        dx = dy @ frozen[0] if frozen else dy
+        return dx.to(ctx.dtype), *[None]*len(frozen)
 
 class LeanGEGLU(GEGLU):
-    "diffusers' GEGLU with one copy of its hidden layer instead of three halves."
-    def forward(self, hidden_states, *args, **kwargs): return _Gate.apply(self.proj(hidden_states))
+    "diffusers' GEGLU that keeps its hidden layer once instead of three halves, or, where that is frozen, only what goes in."
+    def forward(self, hidden_states, *args, **kwargs):
+        p = self.proj
+        frozen = type(p) is torch.nn.Linear and not any(o.requires_grad for o in p.parameters())
+        return _Gate.apply(hidden_states, p.weight, p.bias) if frozen else _Gate.apply(p(hidden_states))
 
-_LEAN = {torch.nn.Conv2d: FrozenConv2d, GEGLU: LeanGEGLU}
+# %% ../nbs/13_dreambooth.ipynb #73084969
+class _SiLU(torch.autograd.Function):
+    "silu(y) of y = norm(x), which is found again on the way back from x, kept for the norm anyway."
+    @staticmethod
+    def forward(ctx, y, x, norm):
+        ctx.save_for_backward(x)
+        ctx.norm, ctx.dtype = norm, y.dtype
+        return F.silu(y)
+
+    @staticmethod
+    def backward(ctx, g): return torch.ops.aten.silu_backward(g, ctx.norm(ctx.saved_tensors[0].to(ctx.dtype))), None, None
+
+class FrozenGroupNorm(torch.nn.GroupNorm):
+    "A `GroupNorm` that tells a `LeanSiLU` behind it where its output came from, as long as its weights are frozen."
+    def forward(self, x):
+        y = super().forward(x)
+        if x.requires_grad and not any(p.requires_grad for p in self.parameters()): y.made_of = x.detach(), super().forward
+        return y
+
+class LeanSiLU(torch.nn.SiLU):
+    "A `SiLU` that forgets its input where a frozen norm can make it again."
+    def forward(self, x): return _SiLU.apply(x, *x.made_of) if hasattr(x, 'made_of') and not self.inplace else super().forward(x)
+
+_LEAN = {torch.nn.Conv2d: FrozenConv2d, torch.nn.GroupNorm: FrozenGroupNorm, torch.nn.SiLU: LeanSiLU, GEGLU: LeanGEGLU}
 
 def remember_less(
     net, # a module; its layers change their class, not their weights
 ):
-    "Let frozen convolutions and gates keep less for the backward pass; the gradients stay what they are."
+    "Let frozen convolutions and norms, and gates, keep less for the backward pass; the gradients stay what they are."
     for m in net.modules(): m.__class__ = _LEAN.get(type(m), type(m))
 
-# %% ../nbs/13_dreambooth.ipynb #07ecca4b
+# %% ../nbs/13_dreambooth.ipynb #c66f2349
 def token_rows(
     pipe,  # StableDiffusionPipeline
     token, # the rare token
@@ -404,7 +434,7 @@ def _open_rows(pipe, tokens):
     w.requires_grad_(True)
     w.register_hook(lambda g: g*mask.to(g))
 
-# %% ../nbs/13_dreambooth.ipynb #a6e4b16d
+# %% ../nbs/13_dreambooth.ipynb #29f42f1a
 def parameter_table(
     net:Trained, # what trains
     pipe,        # the pipeline it belongs to
@@ -414,7 +444,7 @@ def parameter_table(
     n = lambda m, grad: sum(p.numel() for p in m.parameters() if p.requires_grad == grad)
     return {k: (n(m, True), n(m, False)) for k, m in parts.items()}
 
-# %% ../nbs/13_dreambooth.ipynb #893d219f
+# %% ../nbs/13_dreambooth.ipynb #46e930cf
 class DreamBoothLoss:
     "Denoising loss with prior preservation."
     def __init__(self,
@@ -437,7 +467,7 @@ class DreamBoothLoss:
         if self.gamma: return min_snr_weight(ratio, self.gamma, self.kind)
         return dict(debiased=debiased_weight, p2=p2_weight)[self.cfg.weighting](ratio, kind=self.kind)
 
-# %% ../nbs/13_dreambooth.ipynb #a8d04995
+# %% ../nbs/13_dreambooth.ipynb #51ee346f
 @patch
 def each(self:DreamBoothLoss,
     net, # a Trained module
@@ -456,7 +486,7 @@ def each(self:DreamBoothLoss,
         each = (error.mean(1, keepdim=True)*w).sum((1, 2))/w.sum((1, 2)).clamp(min=1e-6)
     return each*self.weights(snr(a, s)).flatten().to(each) if self.gamma or self.cfg.weighting != 'none' else each
 
-# %% ../nbs/13_dreambooth.ipynb #ef142f8a
+# %% ../nbs/13_dreambooth.ipynb #8e6275a6
 @patch
 def __call__(self:DreamBoothLoss,
     net, # a Trained module
@@ -470,7 +500,7 @@ def __call__(self:DreamBoothLoss,
     loss, subject, prior = prior_loss(each, b['n_subject'], self.weight)
     return dict(loss=loss, subject=subject, prior=prior)
 
-# %% ../nbs/13_dreambooth.ipynb #9148b842
+# %% ../nbs/13_dreambooth.ipynb #c72f4217
 def learning_rates(
     cfg,  # DreamBoothConfig
     pipe, # StableDiffusionPipeline
@@ -480,7 +510,7 @@ def learning_rates(
     suits = dict(unet=cfg.train.unet, text_encoder=cfg.train.text_encoder, token='token')
     return {k: getattr(cfg.train, f'{k}_lr') or cfg.lr or (full if how in ('full', 'off') else lora) for k, how in suits.items()}
 
-# %% ../nbs/13_dreambooth.ipynb #ca9c7636
+# %% ../nbs/13_dreambooth.ipynb #f28ece09
 def parameter_groups(
     net:Trained, # what trains
     cfg,         # DreamBoothConfig
@@ -494,7 +524,7 @@ def parameter_groups(
         if p.requires_grad: groups.setdefault((rates[what], 0. if what == 'token' else cfg.weight_decay), []).append(p)
     return [dict(params=ps, lr=lr, weight_decay=wd) for (lr, wd), ps in groups.items()]
 
-# %% ../nbs/13_dreambooth.ipynb #61772023
+# %% ../nbs/13_dreambooth.ipynb #10716acd
 def lr_factor(
     cfg,      # gives warmup, schedule and steps
     step:int, # the step, counted from 0
@@ -503,7 +533,7 @@ def lr_factor(
     warm, done = min(1., (step + 1)/max(1, cfg.warmup)), min(1., max(0, step - cfg.warmup)/max(1, cfg.steps - cfg.warmup))
     return warm*dict(constant=1., linear=1 - done, cosine=.5*(1 + math.cos(math.pi*done)))[cfg.schedule]
 
-# %% ../nbs/13_dreambooth.ipynb #d28d607f
+# %% ../nbs/13_dreambooth.ipynb #6d7517e2
 def _named(what, dotted, example):
     "What a dotted name stands for."
     mod, _, name = dotted.rpartition('.')
@@ -532,7 +562,7 @@ def make_schedule(
     if '.' not in cfg.schedule: return torch.optim.lr_scheduler.LambdaLR(opt, lambda s: lr_factor(cfg, s))
     return _made(cfg.schedule, _named('schedule', cfg.schedule, 'torch.optim.lr_scheduler.StepLR'), opt, cfg.schedule_args, 'schedule_args')
 
-# %% ../nbs/13_dreambooth.ipynb #7bf52e9b
+# %% ../nbs/13_dreambooth.ipynb #546b399b
 def check_named(
     cfg,         # DreamBoothConfig
     device=None, # where it will train; None: that is not looked at
@@ -542,14 +572,14 @@ def check_named(
     make_schedule(cfg, make_optimizer(cfg, [dict(params=[torch.nn.Parameter(torch.zeros(1))], lr=cfg.lr)]))
     if cfg.mixed_precision == 'fp16' and device and torch.device(device).type == 'cpu': raise BoothError("mixed_precision=fp16 needs a GPU; on a CPU use bf16 or no")
 
-# %% ../nbs/13_dreambooth.ipynb #493b75b2
+# %% ../nbs/13_dreambooth.ipynb #4365ded4
 def resolution(cfg, pipe):
     "The configured resolution, or the model's own."
     size, f = cfg.resolution or pipe.unet.config.sample_size*pipe.vae_scale_factor, pipe.vae_scale_factor*2**(len(pipe.unet.config.block_out_channels) - 1)
     if size % f: raise BoothError(f"resolution={size} is not a multiple of {f}; try {round(size/f)*f or f}")
     return size
 
-# %% ../nbs/13_dreambooth.ipynb #6d444e7f
+# %% ../nbs/13_dreambooth.ipynb #5db8e8e0
 def data_options(
     cfg,      # DreamBoothConfig
     out=None, # run folder
@@ -574,7 +604,7 @@ def made_with(
     info |= dict(photo_hashes=all_of(lambda c: [p.hash for p in c.photos]), captions=all_of(lambda c: c.captions), priors=all_of(lambda c: [r['hash'] for r in c.priors.kept] if c.priors else []))
     return info | dict(subjects=[[c.subject, len(c.photos), c.weight] for c in concepts], masks=all_of(lambda c: [file_hash(m.tobytes()) for m in c.masks or ()]))
 
-# %% ../nbs/13_dreambooth.ipynb #48a3dff9
+# %% ../nbs/13_dreambooth.ipynb #5748d937
 def _check_concepts(pipe, concepts, cfg):
     "Names the model can learn, enough photos, masks where they are asked for."
     check_named(cfg, pipe.device)
@@ -591,7 +621,7 @@ def spare_parts(
     o = data_options(cfg)
     return [pipe.vae]*(o['cache'] != 'off') + [pipe.text_encoder]*o['context']
 
-# %% ../nbs/13_dreambooth.ipynb #b0a00883
+# %% ../nbs/13_dreambooth.ipynb #85fd9c48
 def run_callbacks(
     pipe,     # the pipeline that trains
     concepts, # of Concept
@@ -610,7 +640,7 @@ def run_callbacks(
     prints = Prints(pipe, [t.replace('{subject}', subject) for t in p.prompts], out/'samples', p.every, cfg.seed, steps=p.steps, guidance=p.guidance) if p.every else None
     return [LossLog(out/'logs'/'loss.jsonl'), keep] + [prints]*bool(prints)
 
-# %% ../nbs/13_dreambooth.ipynb #de80d37a
+# %% ../nbs/13_dreambooth.ipynb #bdb8e6f2
 def build_learner(
     pipe,            # StableDiffusionPipeline to train; it is changed
     concept,         # a Concept (photos, captions, class images), or a list of them
@@ -644,7 +674,7 @@ def _checkpointing(pipe):
     text = pipe.text_encoder  # transformers 5 gave the method another name
     if any(p.requires_grad for p in text.parameters()): getattr(text, 'activation_checkpointing_enable', text.gradient_checkpointing_enable)()
 
-# %% ../nbs/13_dreambooth.ipynb #01eb90e5
+# %% ../nbs/13_dreambooth.ipynb #03ebca45
 class _Alive(TorchDispatchMode):
     "Adds up the bytes of all tensors that are alive, but for those of a model that is there anyway."
     def __init__(self, model):
@@ -677,7 +707,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad): return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
 
-# %% ../nbs/13_dreambooth.ipynb #4e8a6343
+# %% ../nbs/13_dreambooth.ipynb #fd25ba64
 @contextmanager
 def _fused_attention():
     real = F.scaled_dot_product_attention
@@ -704,7 +734,7 @@ def _one_step(net, twin, cfg):
         (net(noisy, t, ids, context).float() - torch.empty_like(noisy)).pow(2).mean().backward()
     return alive.peak
 
-# %% ../nbs/13_dreambooth.ipynb #145c4d07
+# %% ../nbs/13_dreambooth.ipynb #c18eaeee
 @dataclass
 class Estimate:
     "What a training takes; sizes in bytes, of float32 (half precision takes less)."
@@ -722,7 +752,7 @@ class Estimate:
         sizes = [f'{k:14}{mb(getattr(self, k)):>14}' for k in ('weights', 'gradients', 'optimizer', 'activations')]
         return '\n'.join([*rows, *sizes, f"{'peak memory':14}{mb(self.peak):>14}", f"{'checkpoint':14}{mb(self.checkpoint):>14}"])
 
-# %% ../nbs/13_dreambooth.ipynb #8586343b
+# %% ../nbs/13_dreambooth.ipynb #9dc0cd02
 def estimate(
     pipe, # StableDiffusionPipeline; it is not changed
     cfg,  # DreamBoothConfig
@@ -739,7 +769,7 @@ def estimate(
     average = gradients if cfg.ema else 0
     return Estimate(table, weights + average, gradients, moments, _one_step(net, twin, cfg) - gradients, gradients + moments + average)
 
-# %% ../nbs/13_dreambooth.ipynb #86cc0ce3
+# %% ../nbs/13_dreambooth.ipynb #2ea51af4
 def _moments(cfg):
     "Numbers that the optimizer keeps for each one that trains, found by trying it."
     p = torch.nn.Parameter(torch.ones(1000))
@@ -748,7 +778,7 @@ def _moments(cfg):
     opt.step()
     return sum(v.numel() for v in opt.state[p].values() if torch.is_tensor(v) and v.numel() > 1)/1000
 
-# %% ../nbs/13_dreambooth.ipynb #4d41335d
+# %% ../nbs/13_dreambooth.ipynb #6e5c02a0
 def open_run(
     run,             # run folder
     checkpoint=None, # a checkpoint folder; None: `best` where it is chosen, else the newest whole one
@@ -766,7 +796,7 @@ def open_run(
     load_weights(choose_parts(pipe, cfg), checkpoint, average=True)
     return pipe, cfg
 
-# %% ../nbs/13_dreambooth.ipynb #909e87c5
+# %% ../nbs/13_dreambooth.ipynb #18286666
 def merge_lora(
     pipe, # a StableDiffusionPipeline with LoRA matrices; it is changed
 ):

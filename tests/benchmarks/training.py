@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.models.activations import GEGLU
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from common import in_turn, line, machine
 
 from blipbooth.all import *
+from blipbooth.dreambooth import _LEAN
 
 WIDTHS = 320, 192, 128, 64, 32  # of the UNet's first level
 
@@ -77,7 +77,7 @@ class Plain:
     def __init__(self, pipe, cfg):
         self.pipe, self.cfg, self.c, self.k = pipe, cfg, concept(), 0
         self.net = choose_parts(pipe, cfg)
-        for m in pipe.unet.modules(): m.__class__ = {FrozenConv2d: torch.nn.Conv2d, LeanGEGLU: GEGLU}.get(type(m), type(m))
+        for m in pipe.unet.modules(): m.__class__ = {v: k for k, v in _LEAN.items()}.get(type(m), type(m))
         self.params = [p for p in self.net.parameters() if p.requires_grad]
         self.opt, self.device = torch.optim.AdamW(parameter_groups(self.net, cfg, pipe)), pipe.device
         self.net.train()
