@@ -7,11 +7,11 @@ __all__ = ['presets', 'load_blip', 'pixel_values', 'Caption', 'Blip', 'Captioner
            'same_length', 'picture_files', 'count_pictures', 'NameSet', 'prefetched', 'append_synced', 'read_records',
            'mend_log', 'FolderCaptions', 'differences', 'write_sidecar']
 
-# %% ../nbs/03_captioning.ipynb #6208c0b3
+# %% ../nbs/03_captioning.ipynb #f7ed37bb
 import base64, hashlib, heapq, html, inspect, io, json, os, time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import groupby, islice
@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from transformers import (BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipProcessor, GenerationConfig, GenerationMixin,
     StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer)
 
-from .core import (BoothError, Settings, atomic_dir, load_json, nearest, out_dir, progress, resolve_model, save_json,
+from .core import (BoothError, Settings, atomic_dir, for_writing, load_json, nearest, out_dir, progress, resolve_model, save_json,
     stateless_seed, weights_hash)
 from .decoding import (FastDecoder, ImageCache, alternatives, constrained_beam_search, diverse_beam_search, image_memory, packed,
     quiet_transformers, seeded_sample, vision_features)
@@ -895,17 +895,7 @@ def _plan_folder(self:Captioner, folder, out, recursive, prompt, batch_size, fit
     settings = self.folder_settings(res.folder, res.log, prompt, fit, config, rest if size is None else dict(rest, size=size))
     return res, n, settings, res.goes_on(settings, overwrite)
 
-# %% ../nbs/03_captioning.ipynb #c7e0d4d4
-@contextmanager
-def _for_writing(folder):
-    "A folder to write to; if it was made for this and stays empty, it goes again."
-    made = [o for o in (folder, *folder.parents) if not o.exists()]
-    out_dir(folder)
-    try: yield
-    finally:
-        for o in made:
-            with suppress(OSError): o.rmdir()
-
+# %% ../nbs/03_captioning.ipynb #9844200a
 @contextmanager
 def _only_run(log):
     "Keep a second run away from a log; the system lets go of it when a run is killed."
@@ -949,7 +939,7 @@ def _work(self:FolderCaptions, batches, settings, overwrite, bar, sidecar):
         bar.update(len(done) + len(bad))
     if self.log.exists(): save_json(self.config_file, settings)
 
-# %% ../nbs/03_captioning.ipynb #5dec4068
+# %% ../nbs/03_captioning.ipynb #3672926e
 @patch
 def caption_folder(self:Captioner,
     folder, # where the pictures are
@@ -971,7 +961,7 @@ def caption_folder(self:Captioner,
     res, n, settings, go_on = self._plan_folder(folder, out, recursive, prompt, batch_size, fit, size, workers, overwrite, decoding)
     side = dict(extension=ext, overwrite=overwrite) if sidecars else {}
     if sidecars: out_dir(res.folder)
-    with _for_writing(res.log.parent), _only_run(res.log):
+    with for_writing(res.log.parent), _only_run(res.log):
         done = res._open_log(go_on, side)
         names = (o for o in picture_files(res.folder, recursive) if o not in done)
         batches = self.caption_files(names, res.folder, prompt, batch_size, fit, workers, strict, size, **decoding)

@@ -1,6 +1,7 @@
 """The sampling loop against diffusers' pipeline: `python tests/benchmarks/sampling.py [REPEATS] [bundled|sd15 ...]`.
 
-Two models: the bundled one, and a random one of Stable Diffusion 1.5's shape (on a GPU only; 64 × 64 latents, float16). Ours and theirs in turn
+Two models: the bundled one, and a random one of Stable Diffusion 1.5's shape (on a GPU 64 × 64 latents in float16; on a CPU, where it takes
+ten minutes, 32 × 32 in float32, fewer steps and settings). Ours and theirs in turn
 in one process, the median of the repeats of each; seconds are wall time. Pictures are compared in float32. JSON lines."""
 import copy, sys
 from unittest.mock import patch
@@ -18,19 +19,19 @@ from blipbooth.sampling import ask, decode, encode_prompts, load_pipeline, make_
 FOX = 'a fox on a purple background'
 
 
-def sd15(): # the shape of Stable Diffusion 1.5, random weights; the tokenizer is the bundled one, so prompts are short
+def sd15(side): # the shape of Stable Diffusion 1.5, random weights; the tokenizer is the bundled one, so prompts are short
     from transformers import CLIPTextConfig, CLIPTextModel
     torch.manual_seed(0)
     small = load_pipeline(device='cpu')
     text = CLIPTextModel(CLIPTextConfig(vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, max_position_embeddings=77))
-    unet = diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8, block_out_channels=(320, 640, 1280, 1280))
-    vae = diffusers.AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=512, norm_num_groups=32,
+    unet = diffusers.UNet2DConditionModel(sample_size=side, cross_attention_dim=768, attention_head_dim=8, block_out_channels=(320, 640, 1280, 1280))
+    vae = diffusers.AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=8*side, norm_num_groups=32,
         down_block_types=['DownEncoderBlock2D']*4, up_block_types=['UpDecoderBlock2D']*4, scaling_factor=0.18215)
     scheduler = diffusers.PNDMScheduler(beta_schedule='scaled_linear', beta_start=0.00085, beta_end=0.012, skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False)
     small.tokenizer.model_max_length = 77
     pipe = diffusers.StableDiffusionPipeline(vae=vae, text_encoder=text, tokenizer=small.tokenizer, unet=unet, scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-    return pipe.to('cuda', torch.float16)
+    return pipe.to('cuda', torch.float16) if GPU else pipe
 
 
 def theirs(pipe, n=1, steps=4, guidance=5., negative=None, scheduler=None, seed=0, photo=None, mask=None, strength=0.6, prompt=FOX):
@@ -53,20 +54,20 @@ def theirs(pipe, n=1, steps=4, guidance=5., negative=None, scheduler=None, seed=
 def apart(a, b): return max(int(np.abs(np.asarray(i, int) - np.asarray(j, int)).max()) for i, j in zip(a, b, strict=True))
 
 
-def equal(pipe):
+def equal(pipe, n=2, steps=5, doses=(1, 5, 12), model='bundled'):
     side = pipe.unet.config.sample_size*pipe.vae_scale_factor
     photo = load_images(subject_photos('fox'))[0].image.resize((side, side))
     mask = np.zeros((side, side, 3), np.uint8)
     mask[:side//2] = 255
-    mask = Image.fromarray(mask).convert('L')
-    worst = {}
-    for name in schedulers():
-        kw = dict(n=2, steps=5, scheduler=name)
-        worst[name] = {f'guidance {g}': apart(sample(pipe, FOX, guidance=g, **kw), theirs(pipe, guidance=g, **kw)) for g in (1, 5, 12)}
-        worst[name]['negative'] = apart(sample(pipe, FOX, guidance=5., negative='a pizza', **kw), theirs(pipe, negative='a pizza', **kw))
-        worst[name]['image-to-image'] = apart(sample(pipe, FOX, guidance=5., init=photo, strength=0.6, **kw), theirs(pipe, photo=photo, **kw))
-        worst[name]['inpainting'] = apart(sample(pipe, FOX, guidance=5., init=photo, mask=mask, strength=1., **kw), theirs(pipe, photo=photo, mask=mask, strength=1., **kw))
-    line('max pixel difference from diffusers', ours=max(v for o in worst.values() for v in o.values()), unit='of 255', bar='<=1', settings=sum(map(len, worst.values())), each=worst)
+    ways = {f'guidance {g}': dict(guidance=g) for g in doses}
+    if len(doses) > 1: ways['negative'] = dict(guidance=5., negative='a pizza')
+    ways['image-to-image'] = dict(guidance=5., photo=photo, strength=0.6)
+    if len(doses) > 1: ways['inpainting'] = dict(guidance=5., photo=photo, mask=Image.fromarray(mask).convert('L'), strength=1.)
+    def differ(name, photo=None, **kw):
+        kw.update(n=n, steps=steps, scheduler=name)
+        return apart(sample(pipe, FOX, **kw, **(dict(init=photo) if photo else {})), theirs(pipe, photo=photo, **kw))
+    worst = {name: {k: differ(name, **kw) for k, kw in ways.items()} for name in schedulers()}
+    line('max pixel difference from diffusers', ours=max(v for o in worst.values() for v in o.values()), unit='of 255', bar='<=1', settings=sum(map(len, worst.values())), model=model, each=worst)
 
 
 def same_for_every_batch(pipe, n=8, steps=10):
@@ -89,7 +90,7 @@ def speed(pipe, model, repeats):
         race('loop with channels last against pipeline, n=8', lambda: sample(fast, FOX, n=8, steps=20), lambda: theirs(pipe, n=8, steps=20, guidance=7.5), repeats, model=model)
         del fast
     race('loop against one image at a time, n=8', lambda: sample(pipe, FOX, n=8, steps=20), lambda: [sample(pipe, FOX, index=i, steps=20) for i in range(8)], repeats, model=model)
-    race('interval (0.2, 0.6) against the whole way, n=4', lambda: sample(pipe, FOX, n=4, steps=30, interval=(0.2, 0.6)), lambda: sample(pipe, FOX, n=4, steps=30), repeats, bar=1.3, model=model)
+    race('interval (0.2, 0.6) against the whole way, n=8', lambda: sample(pipe, FOX, n=8, steps=30, interval=(0.2, 0.6)), lambda: sample(pipe, FOX, n=8, steps=30), repeats, bar=1.3, model=model)
     if model == 'bundled': prompt_fidelity(pipe)
 
 
@@ -111,12 +112,12 @@ def main(repeats=3, models=('bundled', 'sd15')):
         speed(pipe, 'bundled', repeats)
         same_for_every_batch(pipe)
         equal(pipe)
-    if 'sd15' in models and GPU:
-        pipe = sd15()
-        speed(pipe, 'sd15', repeats)
-        equal(pipe.to(torch.float32))
-        same_for_every_batch(pipe)
-    elif 'sd15' in models: line('Stable Diffusion 1.5 shape', skipped='no GPU')
+    if 'sd15' in models:
+        pipe = sd15(64 if GPU else 32)
+        if GPU: speed(pipe, 'sd15', repeats)
+        else: race('loop against pipeline, n=2, 256 pixels', lambda: sample(pipe, FOX, n=2, steps=5), lambda: theirs(pipe, n=2, steps=5, guidance=7.5), repeats, model='sd15')
+        equal(pipe.to(torch.float32), *[] if GPU else [1, 2, (5,)], model='sd15')
+        if GPU: same_for_every_batch(pipe)
 
 
 if __name__ == '__main__': main(int(sys.argv[1]) if len(sys.argv) > 1 else 3, tuple(sys.argv[2:]) or ('bundled', 'sd15'))

@@ -180,7 +180,8 @@ def peak(o, which, said):
 
 
 def measured(o, which, said):
-    live = {**os.environ, 'MALLOC_MMAP_THRESHOLD_': '1000000'}  # what is freed goes back at once: the peak is of what is in use
+    # what is freed goes back at once: the peak is of what is in use (the C library would keep some 30 MB of small blocks for later)
+    live = {**os.environ, 'MALLOC_MMAP_THRESHOLD_': '65536', 'MALLOC_TRIM_THRESHOLD_': '131072', 'MALLOC_ARENA_MAX': '1'}
     args = [sys.executable, __file__, '--peak', which, '--width', str(o.width), '--pixels', str(o.pixels), '--threads', str(o.threads), '--said', *said]
     return json.loads(subprocess.run(args, capture_output=True, text=True, check=True, env=live).stdout.splitlines()[-1])
 
