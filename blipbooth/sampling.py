@@ -109,7 +109,7 @@ def make_scheduler(
     kind, settings = _schedulers[name]
     return getattr(diffusers, kind).from_config(pipe.scheduler.config, **settings)
 
-# %% ../nbs/08_sampling.ipynb #c65220a9
+# %% ../nbs/08_sampling.ipynb #3d840e1d
 _marks = re.compile(r'\\[()]|[()]|:\s*([+-]?\d*\.?\d+)\s*\)')
 
 def parse_weights(
@@ -123,6 +123,7 @@ def parse_weights(
         if m[1] and opened:
             start = opened.pop()
             pieces[start][0] = ''
+            if not any(o[0].strip() for o in pieces[start:]): raise BoothError(f"the weight {m[1]} in {prompt!r} weighs no word; write one before the colon, such as (fox:{m[1]})")
             for o in pieces[start:]: o[1] *= _weight(m[1], prompt)
             continue
         if m[0] == '(': opened.append(len(pieces))
