@@ -901,23 +901,23 @@ def print_accuracy(
     return dict(object=np.mean([x in g[0] for x, g in zip(nouns, got)]).item(), colour=np.mean([c in g[1] for c, g in zip(cols, got)]).item(),
                 n=len(prompts), missed=wrong), images, prompts
 
-# %% ../nbs/30_emoji.ipynb #1a5e0fb4
+# %% ../nbs/30_emoji.ipynb #b6986ca3
 _CARDS = dict(
     captioner=('blip', 'A small BLIP captioner (`BlipForConditionalGeneration`, 7.9M parameters) that reads the emoji world.',
-               'blipbooth.emoji.train_captioner: cross-entropy on captions, label smoothing 0.1, AdamW, cosine schedule, averaged weights.'),
+               'blipbooth.emoji.train_captioner: cross-entropy on captions, label smoothing 0.1, AdamW, a rate that is held and then falls, averaged weights.'),
     matcher=('blip', 'A small BLIP matcher (`BlipForImageTextRetrieval`, 7.8M parameters): contrastive embeddings and a matching head.',
              'blipbooth.emoji.train_matcher: contrast within a batch, matching against hard negatives and captions with one word swapped; which word it was.'),
-    diffusion=('stable-diffusion', 'A small Stable Diffusion (15M parameters, 64×64 pictures) that prints the emoji world.',
+    diffusion=('stable-diffusion', 'A small Stable Diffusion (13M parameters, 64×64 pictures) that prints the emoji world.',
                'blipbooth.emoji.train_vae, train_decoder, then train_diffusion: v-prediction, captions dropped one time in ten, averaged weights.'))
 
-# %% ../nbs/30_emoji.ipynb #fa67ce89
+# %% ../nbs/30_emoji.ipynb #13c084d7
 _DATA = """Scenes of 64×64 pixels with one or two objects on a named colour, drawn by `blipbooth.emoji` from six icon sets: noto and noto-v1
 (Google, Apache-2.0), twemoji (Twitter and contributors, CC-BY-4.0), emojione (EmojiOne, CC-BY-4.0), fluent-emoji and fluent-emoji-flat
 (Microsoft, MIT). Captioner and matcher read four more: fxemoji (Mozilla, Apache-2.0), fluent-emoji-high-contrast (Microsoft, MIT),
 emojione-monotone (EmojiOne, CC-BY-4.0) and streamline-emojis (Streamline, CC-BY-4.0); the captioner also icon-park (ByteDance, Apache-2.0),
 mdi (Pictogrammers, Apache-2.0), fa6-solid (Font Awesome, CC-BY-4.0), game-icons (its contributors, CC-BY-3.0), lucide and lucide-lab (Lucide
 contributors, ISC), tabler (Paweł Kuna, MIT), ph (Phosphor Icons, MIT) and hugeicons (Hugeicons, MIT). The diffusion model learned noto and
-twemoji; its autoencoder saw all. Held out of training: all of openmoji, and the fluent-emoji artwork of """ + ', '.join(SUBJECTS) + "."
+twemoji; its autoencoder saw the first ten. Held out of training: all of openmoji, and the fluent-emoji artwork of """ + ', '.join(SUBJECTS) + "."
 
 _SHIPPED = dict(
     captioner="""5,200 steps of 32 pictures on scenes of 119 nouns by six of the sets, then 10,000 on these 80 nouns by ten, then 5,000 on
