@@ -161,12 +161,12 @@ def _dry_run(booth):
     print(estimate(booth.pipe, booth.cfg))
     if not any(booth.out.iterdir()): booth.out.rmdir()
 
-# %% ../nbs/22_cli.ipynb #b7501373
+# %% ../nbs/22_cli.ipynb #8a7bc4d8
 def evaluate(
     run:str,           # run folder
     steps:int=25,      # sampling steps
     guidance:float=4., # classifier-free guidance
-    n_class:int=16,    # class images, before and after
+    n_class:int=64,    # class images, before and after
 ):
     "Measure a trained run; writes report.json and report.html."
     from blipbooth.booth import Booth

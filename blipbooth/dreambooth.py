@@ -119,7 +119,7 @@ class ConceptConfig:
     prior_folder:str = _f('', 'class images')
     weight:float = _f(1., 'share of the samples, beside the other subjects')
 
-# %% ../nbs/13_dreambooth.ipynb #bbc1955f
+# %% ../nbs/13_dreambooth.ipynb #7b75da3c
 @dataclass
 class DreamBoothConfig:
     "Everything a DreamBooth run is made from."
@@ -131,7 +131,7 @@ class DreamBoothConfig:
     out:str = _f('', 'run folder; empty: runs/CLASS_NOUN')
     model:str = _f('', 'hub name or folder of a Stable Diffusion; empty: the bundled one')
     seed:int = _f(0, 'root of every random number')
-    steps:int = _f(300, 'optimizer steps')
+    steps:int = _f(450, 'optimizer steps')
     batch_size:int = _f(2, 'photos in a step (a process); as many class images come with them')
     lr:float = _f(0., 'learning rate; 0: one that suits the model (bundled 2e-4, LoRA and token 2e-3; Stable Diffusion 5e-6, LoRA and token 5e-4)')
     resolution:int = _f(0, "side of a training picture, pixels; 0: the model's own")

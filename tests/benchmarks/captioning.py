@@ -12,7 +12,7 @@ from transformers import BlipConfig, BlipForConditionalGeneration
 from common import in_turn, line, machine, race
 
 from blipbooth.captioning import Captioner
-from blipbooth.decoding import fast_generate, packed, quiet_transformers, vision_features
+from blipbooth.decoding import fast_generate, image_memory, packed, quiet_transformers, vision_features
 
 B, NEW = 4, 20
 
@@ -54,6 +54,11 @@ def vision_share(repeats):
     flops = B*v.num_hidden_layers*(2*n*v.hidden_size*(4*v.hidden_size + 2*v.intermediate_size) + 4*n*n*v.hidden_size)
     rate, best = flops/a/1e9, 2*2048**3/b/1e9
     line('vision encoder, share of the matrix-multiply rate', ours=round(rate, 1), peer=round(best, 1), ratio=round(rate/best, 3), unit='GFLOP/s', bar=.6)
+    with torch.no_grad():
+        embeds = vision_features(model.vision_model, pixels)
+        c, _ = in_turn(lambda: image_memory(model.text_decoder, embeds), lambda: None, 3*repeats)
+    line('of each decode: the vision encoder', ours=round(a, 3), unit='s')
+    line("of each decode: the pictures' keys and values", ours=round(c, 3), unit='s')
 
 
 def memory_rate(repeats): # what a step cannot be quicker than: the decoder's weights, read once

@@ -1,8 +1,8 @@
 """Training: ours, and a plain loop that encodes images and text at every step as the common scripts do, in turn in one process.
 
-    python tests/benchmarks/training.py [--threads 2] [--repeats 5] [--width 320] [--pixels 256] [--only memory ways speed floor pause]
+    python tests/benchmarks/training.py [--threads 2] [--repeats 5] [--width 320] [--pixels 256] [--only memory ways speed floor pause] [--way LoRA]
 
-Width 320 is Stable Diffusion 1.5's own; without one, the widest that fits twice into memory; width 0 is the bundled model at its own 64 pixels (for memory and ways). Random weights: speed does not depend on them.
+Width 320 is Stable Diffusion 1.5's own; without one, for each way to train the widest of which two fit into memory; width 0 is the bundled model at its own 64 pixels (for memory and ways). Random weights: speed does not depend on them.
 """
 import argparse, gc, json, os, statistics, subprocess, sys, tempfile, time, warnings
 from pathlib import Path
@@ -34,10 +34,10 @@ def shaped(width, device):
     return StableDiffusionPipeline(auto.eval(), text.eval(), tok, unet.eval(), sched, None, None, requires_safety_checker=False).to(device)
 
 
-def fits(pixels):
-    "The widest model of which two fit, with gradients and moments."
+def fits(held=16):
+    "The widest model of which two fit, with so many bytes held for each parameter: 16 with gradients and moments, 5 with an adapter's."
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else next(int(o.split()[1])*1024 for o in open('/proc/meminfo') if o.startswith('MemAvailable'))
-    return next((w for w in WIDTHS if 2*1.4*16*860e6*(w/320)**2 < .8*free), WIDTHS[-1])
+    return next((w for w in WIDTHS if 2*1.4*held*860e6*(w/320)**2 < .8*free), WIDTHS[-1])
 
 
 class Few:
@@ -122,6 +122,9 @@ class Floor:
 WAYS = {'full UNet': ['train.text_encoder=off'], 'LoRA on the UNet': ['train.unet=lora', 'train.text_encoder=off']}
 
 
+def width_of(o, name): return o.width if o.width >= 0 else fits(5 if 'LoRA' in name else 16)
+
+
 def pair(pipe, other, cfg, repeats): # seconds of a step of ours and of the other side
     "What is made first in a process lies better in memory, so each side is made first once; the means of the two medians."
     def one(*sides):
@@ -136,21 +139,24 @@ def pair(pipe, other, cfg, repeats): # seconds of a step of ours and of the othe
 
 def speed(o):
     for (name, said), bar in zip(WAYS.items(), (1.35, 1.5)):
-        a, b = pair(lambda: shaped(o.width, o.device), Plain, config(o.pixels, *said), o.repeats)
-        line(f'{name}, a step, width {o.width}, {o.pixels} pixels', ours=round(a, 5), peer=round(b, 5), ratio=round(b/a, 3), unit='s', bar=bar)
+        if o.way and o.way not in name: continue
+        width = width_of(o, name)
+        a, b = pair(lambda: shaped(width, o.device), Plain, config(o.pixels, *said), o.repeats)
+        line(f'{name}, a step, width {width}, {o.pixels} pixels', ours=round(a, 5), peer=round(b, 5), ratio=round(b/a, 3), unit='s', bar=bar)
+    if o.way and o.way not in 'bundled': return
     a, b = pair(lambda: load_pipeline(device=o.device), Plain, config(64), 3*o.repeats)
     line('bundled model, UNet and text encoder, a step', ours=round(a, 5), peer=round(b, 5), ratio=round(b/a, 3), unit='s', bar=1.3)
 
 
 def floor(o):
     for name, said in WAYS.items():
-        a, b = pair(lambda: shaped(o.width, o.device), Floor, config(o.pixels, *said, 'clip=0'), o.repeats)
+        a, b = pair(lambda: shaped(width_of(o, name), o.device), Floor, config(o.pixels, *said, 'clip=0'), o.repeats)
         line(f'{name}, a step against the floor', ours=round(a, 5), peer=round(b, 5), ratio=round(a/b, 4), unit='s', bar='<1.08')
 
 
 def pause(o):
     with tempfile.TemporaryDirectory() as d:
-        side = Ours(shaped(min(o.width, 128), o.device), config(o.pixels, *WAYS['full UNet']))
+        side = Ours(shaped(min(width_of(o, 'full'), 128), o.device), config(o.pixels, *WAYS['full UNet']))
         side.step()
         ours, once = [], []
         for i in range(o.repeats):
@@ -179,17 +185,17 @@ def peak(o, which, said):
     print(json.dumps(dict(mb=torch.cuda.max_memory_allocated()/2**20 if o.device == 'cuda' else status('VmHWM') - before, s=seconds)))
 
 
-def measured(o, which, said):
+def measured(o, which, said, width):
     # what is freed goes back at once: the peak is of what is in use (the C library would keep some 30 MB of small blocks for later)
     live = {**os.environ, 'MALLOC_MMAP_THRESHOLD_': '65536', 'MALLOC_TRIM_THRESHOLD_': '131072', 'MALLOC_ARENA_MAX': '1'}
-    args = [sys.executable, __file__, '--peak', which, '--width', str(o.width), '--pixels', str(o.pixels), '--threads', str(o.threads), '--said', *said]
+    args = [sys.executable, __file__, '--peak', which, '--width', str(width), '--pixels', str(o.pixels), '--threads', str(o.threads), '--said', *said]
     return json.loads(subprocess.run(args, capture_output=True, text=True, check=True, env=live).stdout.splitlines()[-1])
 
 
 def memory(o):
-    said = WAYS['LoRA on the UNet']
-    a, b = (measured(o, which, said)['mb'] for which in ('ours', 'plain'))
-    line('LoRA on the UNet, peak memory', ours=round(a), peer=round(b), ratio=round(a/b, 3), unit='MB', bar='<0.75')
+    said, width = WAYS['LoRA on the UNet'], width_of(o, 'LoRA')
+    a, b = (measured(o, which, said, width)['mb'] for which in ('ours', 'plain'))
+    line(f'LoRA on the UNet, peak memory, width {width}, {o.pixels} pixels', ours=round(a), peer=round(b), ratio=round(a/b, 3), unit='MB', bar='<0.75')
 
 
 def ways(o):
@@ -198,10 +204,10 @@ def ways(o):
     every = [w for w in every if w != ('off', 'off', 'false') and w[1:] != ('full', 'true')]
     rows = {f'UNet {u}, text encoder {t}, token {k}': [f'train.unet={u}', f'train.text_encoder={t}', f'train.token={k}'] for u, t, k in every}
     rows = {**rows, **{f'{name}, gradient checkpointing': [*said, 'gradient_checkpointing=true'] for name, said in list(rows.items()) if 'text encoder off, token false' in name}}
-    whole = None
+    whole, width = None, width_of(o, 'full')
     for name, said in rows.items():
-        m = measured(o, 'ours', said)
-        pipe = load_pipeline(device='cpu') if o.width == 0 else shaped(o.width, 'cpu')
+        m = measured(o, 'ours', said, width)
+        pipe = load_pipeline(device='cpu') if width == 0 else shaped(width, 'cpu')
         e = estimate(pipe, config(o.pixels, *said)).peak/2**20
         whole = whole or m['mb']
         line(name, ours=round(m['mb']), peer=round(whole), ratio=round(m['mb']/whole, 3), unit='MB', estimate=round(e), seconds=round(m['s'], 3))
@@ -212,13 +218,13 @@ if __name__ == '__main__':
     p = argparse.ArgumentParser()
     for k, v in dict(threads=0, repeats=5, width=-1, pixels=0).items(): p.add_argument(f'--{k}', type=int, default=v)
     p.add_argument('--only', nargs='+', default=['memory', 'ways', 'speed', 'floor', 'pause'])
+    p.add_argument('--way', help='for speed: full, LoRA or bundled alone')
     p.add_argument('--peak', choices=['ours', 'plain'])
     p.add_argument('--said', nargs='*', default=[])
     o = p.parse_args()
     o.device = 'cuda' if torch.cuda.is_available() else 'cpu'
     if o.threads: torch.set_num_threads(o.threads)
     o.pixels = o.pixels or (256 if o.width else 64)
-    if o.width < 0: o.width = fits(o.pixels)
     if o.peak: peak(o, o.peak, o.said)
     else:
         machine()
