@@ -20,7 +20,7 @@ from blipbooth.sampling import load_pipeline
 
 KINDS = 'all', 'filtered', 'prediction'
 THRESHOLD, DEDUPE = .6, .98
-LOOK = dict(steps=20, n_class=8)
+LOOK = dict(steps=20, n_class=32)
 NUMBERS = 'ours', 'peer', 'prompt', 'pres', 'div'
 
 
