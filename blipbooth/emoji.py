@@ -6,22 +6,25 @@
 __all__ = ['VENDORS', 'READ_ALSO', 'ONE_INK', 'PLAIN', 'PRINT', 'UNSEEN', 'SUBJECTS', 'PATTERNS', 'RARE', 'classes', 'colours',
            'held_out', 'splits', 'Art', 'coloured_in', 'repainted', 'Thing', 'Scene', 'scene', 'background', 'render',
            'scene_set', 'words', 'wordpiece', 'bpe', 'new_captioner', 'new_matcher', 'new_vae', 'new_unet',
-           'new_text_encoder', 'new_scheduler', 'train_loop', 'batch_at', 'jitter', 'autocast', 'train_captioner',
-           'swapped', 'twins', 'triples', 'drawing_loss', 'itc_loss', 'odd_word_loss', 'matcher_loss', 'as_captioner',
-           'train_matcher', 'picture_loss', 'signed', 'both_sets', 'train_vae', 'trained_vae', 'train_decoder',
-           'latents', 'LatentScenes', 'train_diffusion', 'to_pipeline', 'install', 'subject_scene', 'named',
-           'caption_accuracy', 'distinct', 'matcher_accuracy', 'print_accuracy', 'card', 'measure', 'main']
+           'new_text_encoder', 'new_scheduler', 'Budget', 'train_loop', 'batch_at', 'jitter', 'covered', 'autocast',
+           'shipped', 'train_captioner', 'swapped', 'twins', 'triples', 'drawing_loss', 'itc_loss', 'odd_word_loss',
+           'matcher_loss', 'as_captioner', 'train_matcher', 'picture_loss', 'signed', 'both_sets', 'train_vae',
+           'trained_vae', 'train_decoder', 'latents', 'LatentScenes', 'train_diffusion', 'to_pipeline', 'install',
+           'subject_scene', 'named', 'caption_accuracy', 'distinct', 'matcher_accuracy', 'print_accuracy', 'card',
+           'measure', 'main']
 
 # %% ../nbs/30_emoji.ipynb #b5ae6e59
 import argparse, colorsys, io, json, re, time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 import numpy as np, torch
 import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
 from fastcore.basics import patch, store_attr
 from safetensors.torch import load_file, save_file
-from .core import BoothError, atomic_dir, atomic_write, bundled, progress
+from .core import BoothError, Settings, atomic_dir, atomic_write, bundled, progress
 from .diffusion import add_noise, alpha_sigma, target
 
 # %% ../nbs/30_emoji.ipynb #084c2bbd
@@ -49,7 +52,8 @@ VENDORS = dict(noto='Apache-2.0', **{'noto-v1': 'Apache-2.0'}, twemoji='CC-BY-4.
                **{'fluent-emoji-flat': 'MIT', 'fluent-emoji': 'MIT'})  # trained on: set name -> licence
 READ_ALSO = {'fxemoji': 'Apache-2.0', 'streamline-emojis': 'CC-BY-4.0', 'icon-park': 'Apache-2.0', 'fluent-emoji-high-contrast': 'MIT',
              'emojione-monotone': 'CC-BY-4.0', 'mdi': 'Apache-2.0', 'fa6-solid': 'CC-BY-4.0', 'game-icons': 'CC-BY-3.0', 'lucide': 'ISC',
-             'lucide-lab': 'ISC', 'tabler': 'MIT', 'ph': 'MIT', 'hugeicons': 'MIT'} # for readers alone
+             'lucide-lab': 'ISC', 'tabler': 'MIT', 'ph': 'MIT', 'hugeicons': 'MIT', 'boxicons': 'MIT', 'mingcute': 'Apache-2.0', 'tdesign': 'MIT',
+             'ion': 'MIT', 'streamline': 'CC-BY-4.0', 'whh': 'OFL-1.1'}         # for readers alone
 ONE_INK = list(READ_ALSO)[3:]                                          # of these, drawn in one ink
 PLAIN = ['icon-park', *ONE_INK[2:]]                                    # and sets of icons that are not emoji
 PRINT = {'noto': .7, 'twemoji': .3}                                    # what the printer learns, and how much of each
@@ -82,6 +86,8 @@ class Art:
         self.root, self.size, self._sets, self._drawn, self._parts = Path(root), size, {}, {}, {}
         if not self.root.is_dir(): raise BoothError(f"no art folder at {root}; unpack the @iconify-json packages there (see CONTRIBUTING)")
 
+    def __reduce__(self): return _art, (str(self.root), self.size)  # another process opens the folder once
+
     def icons(self, vendor):
         "The parsed `icons.json` of one vendor."
         if vendor not in self._sets:
@@ -89,6 +95,9 @@ class Art:
             if not files: raise BoothError(f"no icon set {vendor!r} in {self.root}; run: npm pack @iconify-json/{vendor}, and unpack it as {vendor}/")
             self._sets[vendor] = json.loads(files[0].read_text())
         return self._sets[vendor]
+
+@lru_cache
+def _art(root, size): return Art(root, size)
 
 # %% ../nbs/30_emoji.ipynb #2f8c5209
 _NAMES = {'cat-face':'cat', 'dog-face':'dog', 'tiger-face':'tiger', 'pig-face':'pig', 'panda':'pandaface', 'pizza':'sliceofpizza', 'locked':'lock',
@@ -102,7 +111,9 @@ def find(self:Art,
 ) -> str:       # the set's own name of it, '' where it has none
     "What a set calls an icon: as Unicode does, without hyphens or in words of its own, or, outside the emoji sets, plainly."
     s = self.icons(vendor)
-    names = (icon, icon.replace('-', ''), _NAMES.get(icon)) if vendor == 'fxemoji' else (_NOUN.get(icon, icon) if vendor in PLAIN else icon,)
+    noun, names = _NOUN.get(icon, icon), [icon]
+    if vendor == 'fxemoji': names += [icon.replace('-', ''), _NAMES.get(icon)]
+    if vendor in PLAIN: names = [noun + style for style in ('', '-line', '-fill')]
     return next((s.get('aliases', {}).get(n, {}).get('parent', n) for n in names if n in s['icons'] or n in s.get('aliases', {})), '')
 
 @patch
@@ -299,25 +310,28 @@ def render(
     return im.resize((px, px), Image.LANCZOS)
 
 # %% ../nbs/30_emoji.ipynb #8af0ac11
+def _shard(lo, art, split, out, px, shard): # draw one shard of `scene_set`
+    scs = [scene(art, i, split) for i in range(lo, lo + shard)]
+    np.save(out/f'{split}-{lo:06d}.npy', np.stack([np.asarray(render(s, art, px)) for s in scs]))
+    atomic_write(out/f'{split}-{lo:06d}.json', json.dumps([s.caption for s in scs]))
+
 def scene_set(
     art:Art,        # the icons
     split:str,      # read | print | heldout | unseen
-    n:int,          # how many scenes, a multiple of `shard`
+    n:int,          # how many scenes
     out,            # folder for the shards
     px:int=64,      # side, pixels
     shard:int=2000, # scenes drawn between two savings
 ):                  # (array (n, px, px, 3) uint8, list of n captions)
     "Scenes 0 to n-1 of a split, drawn, or read where they are drawn already."
     out = Path(out); out.mkdir(parents=True, exist_ok=True)
-    px_all, caps = [], []
-    for lo in progress(range(0, n, shard), desc=f'{split} scenes'):
-        f, g = out/f'{split}-{lo:06d}.npy', out/f'{split}-{lo:06d}.json'
-        if not g.exists():
-            scs = [scene(art, i, split) for i in range(lo, lo + shard)]
-            np.save(f, np.stack([np.asarray(render(s, art, px)) for s in scs]))
-            atomic_write(g, json.dumps([s.caption for s in scs]))
-        px_all.append(np.load(f)); caps += json.loads(g.read_text())
-    return np.concatenate(px_all)[:n], caps[:n]
+    files = {lo: out/f'{split}-{lo:06d}.npy' for lo in range(0, n, shard)}
+    todo = [lo for lo, f in files.items() if not f.with_suffix('.json').exists()]
+    if todo:
+        with ProcessPoolExecutor() as pool:
+            list(progress(pool.map(partial(_shard, art=art, split=split, out=out, px=px, shard=shard), todo), total=len(todo), desc=f'{split} scenes'))
+    caps = [c for f in files.values() for c in json.loads(f.with_suffix('.json').read_text())]
+    return np.concatenate([np.load(f) for f in files.values()])[:n], caps[:n]
 
 # %% ../nbs/30_emoji.ipynb #1f2a3936
 RARE = ('sks', 'zwx', 'ohwx')
@@ -409,9 +423,27 @@ def new_scheduler():
     return DDIMScheduler(beta_start=.00085, beta_end=.02, beta_schedule='scaled_linear', prediction_type='v_prediction',
                          timestep_spacing='trailing', clip_sample=False, set_alpha_to_one=True)
 
+# %% ../nbs/30_emoji.ipynb #fa99d3a9
+@dataclass
+class Budget:
+    "Where a training runs, and for how long."
+    steps:int=None     # optimizer steps; None: the recipe's
+    minutes:float=None # of this call, instead of steps
+    device:str=None    # None: a GPU where there is one
+    on:bool=False      # begin with the weights that the package ships
+
+    def __post_init__(self): self.device = Settings.auto(self.device).device
+
+    def batch(self,
+        few:int,       # on a CPU
+        times:int=16,  # so many times as large on a GPU
+    ) -> int:
+        "How many pictures a step takes."
+        return few if self.device == 'cpu' else few*times
+
 # %% ../nbs/30_emoji.ipynb #56e754e5
-def _lr(step, steps, warm=300): # warm-up, a long hold, and down to a fiftieth in the last third
-    return min(1, (step + 1)/warm)*min(1, max(.02, 3*(1 - step/steps)))
+def _lr(step, done, warm=300): # warm-up, a long hold, and down to a fiftieth in the last third; `done` from 0 to 1
+    return min(1, (step + 1)/warm)*min(1, max(.02, 3*(1 - done)))
 
 def _pack(model, ema, opt): # everything that changes, as one flat dict of tensors
     names = {p: n for n, p in model.named_parameters()}
@@ -435,35 +467,40 @@ def train_loop(
     wd:float=.02,   # weight decay
     decay:float=.999,# of the running average
     save_s:int=120, # seconds between savings
+    minutes:float=None, # how long this call takes, instead of `steps`
 ):                  # the averaged weights, a dict of tensors
     "Train, saving as it goes; an interrupted run goes on."
-    out, step = Path(out), 0
+    out, step, began = Path(out), 0, time.time()
     ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
     opt = torch.optim.AdamW(model.parameters(), lr, betas=(.9, .98), weight_decay=wd, fused=True)
     if out.exists():
         from safetensors import safe_open
         with safe_open(out, 'pt') as f: step = int(f.metadata()['step'])
-        _unpack(load_file(out), model, ema, opt)
-    saved, avg, bar = time.time(), None, progress(total=steps, desc=out.stem)
+        _unpack(load_file(out, device=str(next(model.parameters()).device)), model, ema, opt)
+    now = model.state_dict()                              # the tensors themselves: they change as the model does
+    moving = [k for k, v in now.items() if v.is_floating_point()]
+    saved, avg, bar = time.time(), None, progress(total=None if minutes else steps, desc=out.stem)
     bar.update(step)
-    while step < steps:
-        for g in opt.param_groups: g['lr'] = lr*_lr(step, steps)
+    done = lambda: (time.time() - began)/(60*minutes) if minutes else step/steps
+    while (part := done()) < 1:
+        for g in opt.param_groups: g['lr'] = lr*_lr(step, part)
         loss = loss_fn(step)
         opt.zero_grad(); loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
         opt.step(); step += 1; bar.update()
-        d = min(decay, (1 + step)/(10 + step))
-        for k, v in model.state_dict().items():
-            ema[k].lerp_(v, 1 - d) if v.is_floating_point() else ema[k].copy_(v)
-        avg = loss.item() if avg is None else .99*avg + .01*loss.item()
-        if step % 50 == 0: bar.set_postfix(loss=f'{avg:.4f}')
-        if time.time() - saved > save_s or step == steps:
+        torch._foreach_lerp_([ema[k] for k in moving], [now[k] for k in moving], 1 - min(decay, (1 + step)/(10 + step)))
+        avg = loss.detach() if avg is None else avg.lerp(loss.detach(), .01)
+        if step % 50 == 0: bar.set_postfix(loss=f'{avg.item():.4f}')
+        if time.time() - saved > save_s or done() >= 1:
             tmp = out.with_suffix('.tmp')
-            save_file({k: v.clone(memory_format=torch.contiguous_format) for k, v in _pack(model, ema, opt).items()}, tmp, {'step': str(step)}); tmp.replace(out)
+            save_file({k: v.cpu().clone(memory_format=torch.contiguous_format) for k, v in _pack(model, ema, opt).items()}, tmp, {'step': str(step)}); tmp.replace(out)
             saved = time.time()
     return ema
 
 # %% ../nbs/30_emoji.ipynb #f87fb4b9
+@lru_cache(4)
+def _order(n, seed, epoch): return np.random.default_rng([seed, 77, epoch]).permutation(n)
+
 def batch_at(
     n:int,      # how many scenes there are
     bs:int,     # batch size
@@ -472,51 +509,75 @@ def batch_at(
 ) -> np.ndarray: # bs indices
     "The scenes of one step: a function of (seed, step)."
     per = n//bs
-    return np.random.default_rng([seed, 77, step//per]).permutation(n)[(step % per)*bs:(step % per + 1)*bs]
+    return _order(n, seed, step//per)[(step % per)*bs:(step % per + 1)*bs]
 
 def jitter(
     x:torch.Tensor, # (b, 3, h, w)
-    g:torch.Generator,
+    g:torch.Generator, # on the device of x
 ) -> torch.Tensor:
     "Move, scale, shear, warp and light each picture of a batch a little, with its border repeated."
-    b, u = len(x), lambda lo, hi, *s: torch.empty(s).uniform_(lo, hi, generator=g)
-    linear = torch.eye(2)*u(.85, 1.15, b, 1, 1) + u(-.12, .12, b, 2, 2)
+    b, u = len(x), lambda lo, hi, *s: torch.empty(s, device=x.device).uniform_(lo, hi, generator=g)
+    linear = torch.eye(2, device=x.device)*u(.85, 1.15, b, 1, 1) + u(-.12, .12, b, 2, 2)
     grid = F.affine_grid(torch.cat([linear, u(-.1, .1, b, 2, 1)], 2), x.shape, align_corners=False)
     warp = F.interpolate(u(-.06, .06, b, 2, 5, 5), size=x.shape[2:], mode='bicubic', align_corners=True).permute(0, 2, 3, 1)
     x = F.grid_sample(x, grid + warp, padding_mode='border', align_corners=False)
-    return x*u(.92, 1.08, b, 1, 1, 1) + .02*torch.randn(x.shape, generator=g)
+    return x*u(.92, 1.08, b, 1, 1, 1) + .02*torch.randn(x.shape, generator=g, device=x.device)
 
-def autocast():
-    "bfloat16 where the processor multiplies it natively, float32 elsewhere."
-    fast = torch.ops.mkldnn._is_mkldnn_bf16_supported() if torch.backends.mkldnn.is_available() else False
-    return torch.autocast('cpu', torch.bfloat16, enabled=fast)
+def covered(
+    x:torch.Tensor, # (b, 3, h, w)
+    g:torch.Generator, # on the device of x
+    most:float=.5,  # the largest side, a fraction of the picture's
+) -> torch.Tensor:
+    "Hide a rectangle of every other picture behind one colour, so that no single part of a thing decides (Zhong et al., 2017, arXiv 1708.04896)."
+    b, u = len(x), lambda *s: torch.rand(s, generator=g, device=x.device)
+    def inside(n): # (b, n): from where to where
+        size = most*u(b, 1)
+        start, at = (1 - size)*u(b, 1), torch.arange(n, device=x.device)/n
+        return (at >= start) & (at < start + size)
+    hidden = (inside(x.shape[2])[:, :, None] & inside(x.shape[3])[:, None])[:, None] & (u(b, 1, 1, 1) < .5)
+    return torch.where(hidden, 4*u(b, 3, 1, 1) - 2, x)
+
+def autocast(device='cpu'):
+    "bfloat16 on a GPU and where the processor multiplies it natively, float32 elsewhere."
+    kind = torch.device(device).type
+    fast = kind != 'cpu' or (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.autocast(kind, torch.bfloat16, enabled=fast)
+
+# %% ../nbs/30_emoji.ipynb #690834cf
+def shipped(
+    kind:str, # captioner | matcher
+):            # the model in float32, untied from the files
+    "A bundled reader, to be trained on."
+    import transformers
+    cls = dict(captioner='BlipForConditionalGeneration', matcher='BlipForImageTextRetrieval')[kind]
+    return getattr(transformers, cls).from_pretrained(bundled(kind), dtype=torch.float32)
 
 # %% ../nbs/30_emoji.ipynb #6789db48
 _MEAN, _STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)  # CLIP's, as BLIP uses them
 
 def _pixels(a): # (b, h, w, 3) uint8 -> normalised (b, 3, h, w)
-    x = torch.from_numpy(np.ascontiguousarray(a)).permute(0, 3, 1, 2).float()/255
-    return (x - torch.tensor(_MEAN)[:, None, None])/torch.tensor(_STD)[:, None, None]
+    x = torch.as_tensor(a).permute(0, 3, 1, 2).float()/255
+    return (x - torch.tensor(_MEAN, device=x.device)[:, None, None])/torch.tensor(_STD, device=x.device)[:, None, None]
 
 def train_captioner(
     art:Art,         # the icons
     out,             # folder of scenes and running states
-    steps:int=20000, # of `bs`
-    bs:int=32,       # pictures a step
+    budget:Budget=Budget(), # how long, and where
     lr:float=7e-4,   # peak learning rate
     n:int=100000,    # scenes
 ):
     "Train the captioner on `read` scenes; returns it with its averaged weights."
     px, caps = scene_set(art, 'read', n, Path(out)/'scenes')
-    tk, model = wordpiece(), new_captioner().train()
-    ids = tk(caps, padding=True, return_tensors='pt')
+    d, bs, tk, model = budget.device, budget.batch(32), wordpiece(), new_captioner()
+    if budget.on: model = shipped('captioner')
+    model, px, ids = model.train().to(d), torch.from_numpy(px).to(d), tk(caps, padding=True, return_tensors='pt').to(d)
     ids['input_ids'][:, 0] = tk.convert_tokens_to_ids('[DEC]')
     def loss(step):
-        i, g = batch_at(n, bs, step), torch.Generator().manual_seed(step)
-        x, t, m = jitter(_pixels(px[i]), g), ids['input_ids'][i], ids['attention_mask'][i]
-        with autocast(): return model(pixel_values=x, input_ids=t, attention_mask=m, labels=t.masked_fill(m == 0, -100)).loss
-    model.load_state_dict(train_loop(model, loss, Path(out)/'captioner.safetensors', steps, lr))
-    return model.eval()
+        i, g = torch.from_numpy(batch_at(n, bs, step)).to(d), torch.Generator(d).manual_seed(step)
+        x, t, m = covered(jitter(_pixels(px[i]), g), g), ids['input_ids'][i], ids['attention_mask'][i]
+        with autocast(d): return model(pixel_values=x, input_ids=t, attention_mask=m, labels=t.masked_fill(m == 0, -100)).loss
+    model.load_state_dict(train_loop(model, loss, Path(out)/'captioner.safetensors', budget.steps or 20000, lr, minutes=budget.minutes))
+    return model.cpu().eval()
 
 # %% ../nbs/30_emoji.ipynb #b80b3f59
 def swapped(
@@ -564,7 +625,7 @@ def drawing_loss(
     "Each drawing has to find itself on another background, among other drawings, one of them of the same thing."
     a, same, other = v.chunk(3)
     s = torch.cat([a@same.T, a@other.T], 1)/temp
-    return F.cross_entropy(s, torch.arange(len(a)))
+    return F.cross_entropy(s, torch.arange(len(a), device=s.device))
 
 # %% ../nbs/30_emoji.ipynb #c6683eeb
 def itc_loss(
@@ -587,7 +648,7 @@ def odd_word_loss(
     "Which tokens of the true and of the swapped captions are not the true ones; those are one in about eight."
     (true, _, other), (a, _, b), m = ids.chunk(3), z.chunk(3), mask.chunk(3)[0] > 0
     odd = (true != other)[m].float()
-    return F.binary_cross_entropy_with_logits(torch.cat([a[m], b[m]]), torch.cat([0*odd, odd]), pos_weight=torch.tensor(8.))
+    return F.binary_cross_entropy_with_logits(torch.cat([a[m], b[m]]), torch.cat([0*odd, odd]), pos_weight=torch.tensor(8., device=z.device))
 
 # %% ../nbs/30_emoji.ipynb #62fd8da6
 def matcher_loss(
@@ -596,19 +657,20 @@ def matcher_loss(
     x:torch.Tensor,      # (m, 3, h, w): triples first, then other scenes
     cs:list,             # their m captions
     bs:int,              # how many triples
-    g:torch.Generator, rng,# the dice
+    g:torch.Generator, rng,# the dice; g on the device of x
 ) -> torch.Tensor:
     "Contrast, drawings, and matching of all scenes but the first two of each triple, as sentences and word by word."
-    enc, q = (lambda c: tk(c, padding=True, return_tensors='pt')), 2*bs
+    enc, q = (lambda c: tk(c, padding=True, return_tensors='pt').to(x.device)), 2*bs
     h, e = model.vision_model(x).last_hidden_state, enc(cs)
     v = F.normalize(model.vision_proj(h[:, 0]), dim=-1).float()
     t = F.normalize(model.text_proj(model.text_encoder(e.input_ids, e.attention_mask).last_hidden_state[:, 0]), dim=-1).float()
-    same, temp = torch.tensor([[a == b for b in cs] for a in cs]), model.temp.clamp(.01, .5)
+    kind = torch.from_numpy(np.unique(cs, return_inverse=True)[1]).to(x.device)
+    same, temp = kind[:, None] == kind, model.temp.clamp(.01, .5)
     odds = (v@t.T/temp).detach().masked_fill(same, -1e4).softmax(1)
     hard = [cs[k] for k in torch.multinomial(odds, 1, generator=g)[:, 0]]
     e = enc(cs[q:] + hard[q:] + [swapped(c, rng) for c in cs[q:]])
     z = model.text_encoder(e.input_ids, e.attention_mask, encoder_hidden_states=h[q:].repeat(3, 1, 1)).last_hidden_state
-    y = torch.tensor([1]*(len(cs) - q) + [0]*2*(len(cs) - q))
+    y = torch.tensor([1]*(len(cs) - q) + [0]*2*(len(cs) - q), device=x.device)
     itm = F.cross_entropy(model.itm_head(z[:, 0]).float(), y)
     return itc_loss(v, t, same, temp) + .5*drawing_loss(v[:3*bs]) + 2*itm + odd_word_loss(model.odd(z)[..., 0].float(), e.input_ids, e.attention_mask)
 
@@ -627,29 +689,28 @@ def as_captioner(
 def train_matcher(
     art:Art,          # the icons
     out,              # folder of scenes and running states; the trained captioner's state is there
-    steps:int=6000,   # of `bs`
-    bs:int=8,         # triples of pictures a step
-    more:int=56,      # other scenes a step
+    budget:Budget=Budget(), # how long, and where
     n:int=100000,     # scenes
     lr:float=5e-4,    # peak learning rate
 ):
     "Train the matcher on `read` scenes; returns it with its averaged weights."
     px, caps = scene_set(art, 'read', n, Path(out)/'scenes')
-    groups, tk, model = twins(art, n), wordpiece(), as_captioner(new_matcher(), load_file(Path(out)/'captioner.safetensors')).train()
+    d, bs, more, groups, tk = budget.device, budget.batch(8, 4), budget.batch(56, 8), twins(art, min(n, 50000)), wordpiece()
+    model = shipped('matcher') if budget.on else as_captioner(new_matcher(), load_file(Path(out)/'captioner.safetensors'))
     model.register_parameter('temp', torch.nn.Parameter(torch.tensor(.07)))
     model.odd = torch.nn.Linear(model.config.text_config.hidden_size, 1)
+    model, px = model.train().to(d), torch.from_numpy(px).to(d)
     several = [k for k, c in enumerate(caps) if ' and ' in c]
     pool = np.array([*range(n), *several, *several])  # two objects are harder: three times as often
     def loss(step):
-        i, g = np.concatenate([*triples(groups, bs, step), pool[batch_at(len(pool), more, step)]]), torch.Generator().manual_seed(step)
-        x = jitter(_pixels(px[i]), g)
-        rng = np.random.default_rng([5, step])
+        i, g = np.concatenate([*triples(groups, bs, step), pool[batch_at(len(pool), more, step)]]), torch.Generator(d).manual_seed(step)
+        x, rng = jitter(_pixels(px[torch.from_numpy(i).to(d)]), g), np.random.default_rng([5, step])
         cs = [caps[k].partition(' on ')[0] if rng.random() < .2 else caps[k] for k in i]
-        with autocast(): return matcher_loss(model, tk, x, cs, bs, g, rng)
-    state = train_loop(model, loss, Path(out)/'matcher.safetensors', steps, lr=lr)
+        with autocast(d): return matcher_loss(model, tk, x, cs, bs, g, rng)
+    state = train_loop(model, loss, Path(out)/'matcher.safetensors', budget.steps or 6000, lr, minutes=budget.minutes)
     del model.temp, model.odd
     model.load_state_dict({k: v for k, v in state.items() if k.split('.')[0] not in ('temp', 'odd')})
-    return model.eval()
+    return model.cpu().eval()
 
 # %% ../nbs/30_emoji.ipynb #11ae8354
 def _edges(x): return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
@@ -663,61 +724,63 @@ def picture_loss(
 
 def signed(a): # (b, h, w, 3) uint8 -> (b, 3, h, w), -1 to 1
     "Pixels as the autoencoder takes them."
-    return torch.from_numpy(np.ascontiguousarray(a)).permute(0, 3, 1, 2).float()/127.5 - 1
+    return torch.as_tensor(a).permute(0, 3, 1, 2).float()/127.5 - 1
 
 # %% ../nbs/30_emoji.ipynb #6b4838d4
-def both_sets(art, out, n): # pictures of the printer's and of the readers' scenes, (n, h, w, 3) each
+def both_sets(art, out, n, device): # pictures of the printer's and of the readers' scenes, (n, h, w, 3) each
     "Scenes in every hand that is trained on."
-    return [scene_set(art, split, n, Path(out)/'scenes')[0] for split in ('print', 'read')]
+    return [torch.from_numpy(scene_set(art, split, n, Path(out)/'scenes')[0]).to(device) for split in ('print', 'read')]
 
 def train_vae(
     art:Art,         # the icons
     out,             # folder of scenes and running states
-    steps:int=5000,  # of `bs`
-    bs:int=16,       # pictures a step
+    budget:Budget=Budget(), # how long, and where
     n:int=60000,     # scenes
 ):
     "Train the autoencoder; returns it with its averaged weights."
-    (a, b), model = both_sets(art, out, n), new_vae().train()
+    d, bs = budget.device, budget.batch(16, 4)
+    (a, b), model = both_sets(art, out, n, d), new_vae().train().to(d)
     def loss(step):
-        i, g = batch_at(n, bs, step), torch.Generator().manual_seed(step)
-        x = signed(np.concatenate([a[i[:2*bs//3]], b[i[2*bs//3:]]]))
-        with autocast():
+        i, g = torch.from_numpy(batch_at(n, bs, step)).to(d), torch.Generator(d).manual_seed(step)
+        x = signed(torch.cat([a[i[:2*bs//3]], b[i[2*bs//3:]]]))
+        with autocast(d):
             post = model.encode(x).latent_dist
             z = post.sample(g)
             y, small = model.decode(z).sample.float(), model.decode(F.avg_pool2d(z, 2)).sample.float()
         return picture_loss(y, x) + .5*picture_loss(small, F.avg_pool2d(x, 2)) + 5e-5*post.kl().float().mean()/16
-    model.load_state_dict(train_loop(model, loss, Path(out)/'vae.safetensors', steps, lr=1e-3, wd=0.))
-    return model.eval()
+    model.load_state_dict(train_loop(model, loss, Path(out)/'vae.safetensors', budget.steps or 5000, lr=1e-3, wd=0., minutes=budget.minutes))
+    return model.cpu().eval()
 
 def trained_vae(
     out, # folder of running states
 ):
-    "The autoencoder as far as it has been trained: both stages, or the first."
-    vae, part = new_vae().eval(), lambda f: {k[4:]: v for k, v in load_file(Path(out)/f).items() if k.startswith('ema/')}
-    vae.load_state_dict(part('vae.safetensors'))
+    "The autoencoder as far as it has been trained: both stages, the first, or the one that ships."
+    from diffusers import AutoencoderKL
+    part = lambda f: {k[4:]: v for k, v in load_file(Path(out)/f).items() if k.startswith('ema/')}
+    if (Path(out)/'vae.safetensors').exists(): (vae := new_vae()).load_state_dict(part('vae.safetensors'))
+    else: vae = AutoencoderKL.from_pretrained(bundled('diffusion')/'vae', torch_dtype=torch.float32)
     if (Path(out)/'decoder.safetensors').exists(): vae.load_state_dict(part('decoder.safetensors'), strict=False)
-    return vae
+    return vae.eval()
 
 # %% ../nbs/30_emoji.ipynb #837a0b1c
 def train_decoder(
     art:Art,         # the icons
-    out,             # folder of scenes and running states; the trained autoencoder's state is there
-    steps:int=3000,  # of `bs`
-    bs:int=16,       # pictures a step
+    out,             # folder of scenes and running states
+    budget:Budget=Budget(), # how long, and where
     n:int=60000,     # scenes
 ):
     "Train the decoder alone; returns the autoencoder, its encoder as it was."
-    (a, b), vae = both_sets(art, out, n), trained_vae(out)
+    d, bs = budget.device, budget.batch(16, 8)
+    (a, b), vae = both_sets(art, out, n, d), trained_vae(out).to(d)
     model = torch.nn.ModuleDict(dict(decoder=vae.decoder, post_quant_conv=vae.post_quant_conv)).train()
     def loss(step):
-        i, g = batch_at(n, bs, step), torch.Generator().manual_seed(step)
-        x = signed(np.concatenate([a[i[:bs//2]], b[i[bs//2:]]]))
-        with autocast():
+        i, g = torch.from_numpy(batch_at(n, bs, step)).to(d), torch.Generator(d).manual_seed(step)
+        x = signed(torch.cat([a[i[:bs//2]], b[i[bs//2:]]]))
+        with autocast(d):
             with torch.no_grad(): z = vae.encode(x).latent_dist.sample(g)
             y = vae.decode(z).sample.float()
         return picture_loss(y, x)
-    train_loop(model, loss, Path(out)/'decoder.safetensors', steps, lr=1e-3, wd=0.)
+    train_loop(model, loss, Path(out)/'decoder.safetensors', budget.steps or 3000, lr=1e-3, wd=0., minutes=budget.minutes)
     return trained_vae(out)
 
 # %% ../nbs/30_emoji.ipynb #7ac31ed2
@@ -729,18 +792,18 @@ def latents(
     bs=128,
 ):           # {mean, std}: (n, 4, h/4, w/4) half precision
     "The posterior of every picture: mean and standard deviation, not one sample."
-    out = Path(out)
+    out, d = Path(out), vae.device
     if not out.exists():
         m, s = [], []
         for i in progress(range(0, len(px), bs), desc='latents'):
-            with autocast(): post = vae.encode(signed(px[i:i+bs])).latent_dist
-            m.append(post.mean.half()); s.append(post.std.half())
+            with autocast(d.type): post = vae.encode(signed(torch.from_numpy(px[i:i+bs]).to(d))).latent_dist
+            m.append(post.mean.half().cpu()); s.append(post.std.half().cpu())
         save_file({'mean': torch.cat(m).contiguous(), 'std': torch.cat(s).contiguous()}, out)
-    return load_file(out)
+    return load_file(out, device=str(d))
 
 # %% ../nbs/30_emoji.ipynb #7ba1d570
 class LatentScenes:
-    "Latents and captions of the `print` scenes, step by step."
+    "Latents and captions of the `print` scenes, step by step, where the latents are."
     def __init__(self,
         lat,         # {mean, std}, from `latents`
         caps,        # captions
@@ -748,44 +811,51 @@ class LatentScenes:
         T:int,       # timesteps of the noise schedule
         drop:float=.1, # share of captions dropped; 0.8 times as many lose their background
     ):
-        enc = lambda cs: tk(cs, padding='max_length', return_tensors='pt').input_ids
+        enc = lambda cs: tk(cs, padding='max_length', return_tensors='pt').input_ids.to(lat['mean'].device)
         store_attr('lat,T,drop')
         self.ids, self.short, self.empty = enc(caps), enc([c.partition(' on ')[0] for c in caps]), enc([''])[0]
         self.scale = 1/(lat['mean'][:4000].float().var() + lat['std'][:4000].float().pow(2).mean()).sqrt().item()
 
     def batch(self, step, bs): # latents and noise (bs, 4, h, w), timesteps (bs,), token ids (bs, length)
-        i, g = torch.from_numpy(batch_at(len(self.ids), bs, step)), torch.Generator().manual_seed(step)
+        d = self.lat['mean'].device
+        i, g = torch.from_numpy(batch_at(len(self.ids), bs, step)).to(d), torch.Generator(d).manual_seed(step)
+        kw = dict(generator=g, device=d)
         m = self.lat['mean'][i].float()
-        x = self.scale*(m + self.lat['std'][i].float()*torch.randn(m.shape, generator=g))
-        noise, u = torch.randn(m.shape, generator=g), torch.rand(bs, 1, generator=g)
-        mid, flat = (torch.randn(bs, generator=g) - .4).sigmoid(), torch.rand(bs, generator=g)
-        t = (self.T*torch.where(torch.rand(bs, generator=g) < .5, mid, flat)).long()
+        x = self.scale*(m + self.lat['std'][i].float()*torch.randn(m.shape, **kw))
+        noise, u = torch.randn(m.shape, **kw), torch.rand(bs, 1, **kw)
+        mid, flat = (torch.randn(bs, **kw) - .4).sigmoid(), torch.rand(bs, **kw)
+        t = (self.T*torch.where(torch.rand(bs, **kw) < .5, mid, flat)).long()
         return x, noise, t, torch.where(u < self.drop, self.empty, torch.where(u < 1.8*self.drop, self.short[i], self.ids[i]))
 
 # %% ../nbs/30_emoji.ipynb #16c57c26
 def train_diffusion(
     art:Art,         # the icons
-    out,             # folder of scenes and running states; the trained autoencoder's state is there
-    steps:int=20000, # of `bs`
-    bs:int=32,       # pictures a step
+    out,             # folder of scenes and running states
+    budget:Budget=Budget(), # how long, and where
     n:int=60000,     # scenes
     lr:float=8e-4,   # peak learning rate
 ):
     "Train UNet and text encoder on `print` scenes; returns a StableDiffusionPipeline with averaged weights."
+    from diffusers import StableDiffusionPipeline
     from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
     px, caps = scene_set(art, 'print', n, Path(out)/'scenes')
-    vae, sch, tk = trained_vae(out), new_scheduler(), bpe()
-    data = LatentScenes(latents(vae, px, Path(out)/'latents.safetensors'), caps, tk, len(sch.alphas_cumprod))
-    model = torch.nn.ModuleDict(dict(unet=new_unet(), text_encoder=new_text_encoder())).train()
-    model.unet.set_attn_processor(AttnProcessor())  # bfloat16 attention's backward is slow on CPUs when fused
+    d, bs, vae, sch, tk = budget.device, budget.batch(32), trained_vae(out), new_scheduler(), bpe()
+    data = LatentScenes(latents(vae.to(d), px, Path(out)/'latents.safetensors'), caps, tk, len(sch.alphas_cumprod))
+    model = torch.nn.ModuleDict(dict(unet=new_unet(), text_encoder=new_text_encoder()))
+    if budget.on:
+        pipe = StableDiffusionPipeline.from_pretrained(bundled('diffusion'), torch_dtype=torch.float32)
+        for k in model: model[k].load_state_dict(getattr(pipe, k).state_dict())
+        data.scale = pipe.vae.config.scaling_factor
+    model = model.train().to(d)
+    if d == 'cpu': model.unet.set_attn_processor(AttnProcessor())  # bfloat16 attention's backward is slow on CPUs when fused
     def loss(step):
         x, noise, t, ids = data.batch(step, bs)
         a, s = alpha_sigma(sch, t)
-        with autocast(): v = model.unet(add_noise(x, noise, a, s), t, model.text_encoder(ids).last_hidden_state).sample
+        with autocast(d): v = model.unet(add_noise(x, noise, a, s), t, model.text_encoder(ids).last_hidden_state).sample
         return F.mse_loss(v.float(), target('v_prediction', x, noise, a, s))
-    model.load_state_dict(train_loop(model, loss, Path(out)/'diffusion.safetensors', steps, lr=lr))
+    model.load_state_dict(train_loop(model, loss, Path(out)/'diffusion.safetensors', budget.steps or 20000, lr, minutes=budget.minutes))
     model.unet.set_attn_processor(AttnProcessor2_0())
-    return to_pipeline(vae, model.eval(), sch, tk, data.scale)
+    return to_pipeline(vae.cpu(), model.cpu().eval(), sch, tk, data.scale)
 
 # %% ../nbs/30_emoji.ipynb #e5442bdb
 def to_pipeline(vae, model, scheduler, tokenizer, scale):
@@ -910,7 +980,7 @@ def print_accuracy(
 # %% ../nbs/30_emoji.ipynb #2c270ae7
 _CARDS = dict(
     captioner=('blip', 'A small BLIP captioner (`BlipForConditionalGeneration`, 7.9M parameters) that reads the emoji world.',
-               'blipbooth.emoji.train_captioner: cross-entropy on captions, label smoothing 0.1, AdamW, a rate that is held and then falls, averaged weights.'),
+               'blipbooth.emoji.train_captioner: cross-entropy on captions, label smoothing 0.1, AdamW, a rate that is held and then falls, averaged weights; parts of every other picture hidden.'),
     matcher=('blip', 'A small BLIP matcher (`BlipForImageTextRetrieval`, 7.8M parameters): contrastive embeddings and a matching head.',
              'blipbooth.emoji.train_matcher: contrast within a batch, matching against hard negatives and captions with one word swapped; which word it was.'),
     diffusion=('stable-diffusion', 'A small Stable Diffusion (13M parameters, 64×64 pictures) that prints the emoji world.',
@@ -919,21 +989,25 @@ _CARDS = dict(
 # %% ../nbs/30_emoji.ipynb #ac457679
 _DATA = """Scenes of 64×64 pixels with one or two objects on a named colour, drawn by `blipbooth.emoji` from six icon sets: noto and noto-v1
 (Google, Apache-2.0), twemoji (Twitter and contributors, CC-BY-4.0), emojione (EmojiOne, CC-BY-4.0), fluent-emoji and fluent-emoji-flat
-(Microsoft, MIT). Captioner and matcher read thirteen more: fxemoji (Mozilla, Apache-2.0), fluent-emoji-high-contrast (Microsoft, MIT),
+(Microsoft, MIT). Captioner and matcher read nineteen more: fxemoji (Mozilla, Apache-2.0), fluent-emoji-high-contrast (Microsoft, MIT),
 emojione-monotone (EmojiOne, CC-BY-4.0), streamline-emojis (Streamline, CC-BY-4.0), icon-park (ByteDance, Apache-2.0),
 mdi (Pictogrammers, Apache-2.0), fa6-solid (Font Awesome, CC-BY-4.0), game-icons (its contributors, CC-BY-3.0), lucide and lucide-lab (Lucide
-contributors, ISC), tabler (Paweł Kuna, MIT), ph (Phosphor Icons, MIT) and hugeicons (Hugeicons, MIT). The diffusion model learned noto and
-twemoji; its autoencoder saw the first ten. Held out of training: all of openmoji, and the fluent-emoji artwork of """ + ', '.join(SUBJECTS) + "."
+contributors, ISC), tabler (Paweł Kuna, MIT), ph (Phosphor Icons, MIT), hugeicons (Hugeicons, MIT), boxicons (Boxicons, MIT),
+mingcute (MingCute Design, Apache-2.0), tdesign (TDesign, MIT), ion (Ben Sperry, MIT), streamline (Streamline, CC-BY-4.0) and whh
+(WebHostingHub, OFL-1.1). The diffusion model learned noto and twemoji; its autoencoder's encoder saw the first ten sets, its decoder all.
+Held out of training: all of openmoji, and the fluent-emoji artwork of """ + ', '.join(SUBJECTS) + "."
 
 _SHIPPED = dict(
     captioner="""5,200 steps of 32 pictures on scenes of 119 nouns by six of the sets, then 10,000 on these 80 nouns by ten, then 5,000 on
-40,000 scenes by nineteen, with flat colours under a contour more often and the rate falling all the way.""",
+40,000 scenes by nineteen, with flat colours under a contour more often and the rate falling all the way. After that, on one NVIDIA H200
+beside the other trainings, 3,504 steps of 512 on 220,000 scenes by twenty-five sets, with parts hidden: 4.6 minutes.""",
     matcher="""6,000 steps of 80 pictures, from the captioner. The head that points at words came in after 1,900 of them, the larger share of
 scenes with two objects after 2,700. Then 4,000 on 40,000 scenes by nineteen sets, with more nouns without a place and, after the first 850,
-the three sentences of a scene weighed alike; in the last 1,500 of them four fifths of the pictures were matched instead of half.""",
-    diffusion="""Autoencoder: 3,800 steps of 16 pictures, then 1,400 with the loss on shrunk latents; the decoder's own stage was not run.
+the three sentences of a scene weighed alike; in the last 1,500 of them four fifths of the pictures were matched instead of half. After that, on one NVIDIA H200, 929 steps of 544 on
+220,000 scenes by twenty-five sets: 4.6 minutes.""",
+    diffusion="""Autoencoder: 3,800 steps of 16 pictures, then 1,400 with the loss on shrunk latents; the decoder alone 2,560 steps of 128 (2.5 minutes of one NVIDIA H200).
 UNet: 12,300 steps of 32 (the rate held for 8,400, then fell) and 5,800 more (raised to 4.5e-4, held for half of them, then fell), on the 21,700 scenes of noto and twemoji, unflipped, among 60,000 that were drawn with a third set. Its text encoder
-began as one that had learned 119 nouns from three sets.""")
+began as one that had learned 119 nouns from three sets. After that, on the H200, 2,675 steps of 512 on 100,000 scenes: 6 minutes.""")
 
 # %% ../nbs/30_emoji.ipynb #a2eab073
 def card(
@@ -993,18 +1067,23 @@ _TRAIN = dict(captioner=train_captioner, matcher=train_matcher, vae=train_vae, d
 def main(
     argv=None, # arguments; None: those of the process
 ):
-    "`python -m blipbooth.emoji`: train, install and measure the bundled models."
+    "`python -m blipbooth.emoji`: draw scenes, train, install and measure the bundled models."
     p = argparse.ArgumentParser(prog='python -m blipbooth.emoji', description=main.__doc__)
-    p.add_argument('verb', choices=['train', 'install', 'measure'])
-    p.add_argument('model', nargs='?', choices=[*_TRAIN, 'subjects'], help='which model; for measure, none')
+    p.add_argument('verb', choices=['scenes', 'train', 'install', 'measure'])
+    p.add_argument('model', nargs='?', choices=[*_TRAIN, 'subjects', 'read', 'print'], help='which model; for scenes, which split; for measure, none')
     p.add_argument('--art', required=True, help='folder of the unpacked @iconify-json packages')
     p.add_argument('--out', default='train', help='folder of scenes and running states')
     p.add_argument('--steps', type=int, help='optimizer steps; the default suits two CPU cores')
-    p.add_argument('--n', type=int, default=500, help='scenes a number, for measure')
+    p.add_argument('--minutes', type=float, help='minutes of this call, instead of steps')
+    p.add_argument('--device', help='cuda or cpu; the default is a GPU where there is one')
+    p.add_argument('--on', action='store_true', help='begin with the weights that the package ships')
+    p.add_argument('--lr', type=float, help="peak learning rate; the default is the recipe's")
+    p.add_argument('--n', type=int, help='scenes: to train on, or, for measure, a number (500)')
     a = p.parse_args(argv)
-    art = Art(a.art)
-    if a.verb == 'measure': return print(json.dumps(measure(art, n=a.n), indent=1))
-    model = art if a.model == 'subjects' else _TRAIN[a.model](art, a.out, **({'steps': a.steps} if a.steps else {}))
+    art, said = Art(a.art), {k: v for k, v in dict(lr=a.lr, n=a.n).items() if v}
+    if a.verb == 'measure': return print(json.dumps(measure(art, n=a.n or 500), indent=1))
+    if a.verb == 'scenes': return print(len(scene_set(art, a.model, a.n or 60000, Path(a.out)/'scenes')[1]), 'scenes')
+    model = art if a.model == 'subjects' else _TRAIN[a.model](art, a.out, Budget(a.steps, a.minutes, a.device, a.on), **said)
     if a.verb == 'install': install(a.model, model, bundled('captioner').parent/a.model)
 
 # %% ../nbs/30_emoji.ipynb #8c8db0c6
