@@ -113,16 +113,16 @@ class ImageCache(DynamicCache):
     ):
         "Make room, for twice as many words whenever there is too little."
         key, old = self.memory[0][0], self.words
-        if old is not None and old.shape[4] >= length: return
-        room = max(length, 32 if old is None else 2*old.shape[4])
-        self.words, self.step = key.new_zeros(2, len(self.memory), n, key.shape[1], room, key.shape[3]), None
-        if old is not None: self.words[..., :self.length, :] = old[..., :self.length, :]
+        if old is not None and old.shape[3] >= length: return
+        room = max(length + -length % 32, 0 if old is None else 2*old.shape[3])
+        self.words, self.step = key.new_zeros(2, len(self.memory), n, room, key.shape[1], key.shape[3]), None
+        if old is not None: self.words[:, :, :, :self.length] = old[:, :, :, :self.length]
 
 # %% ../nbs/02_decoding.ipynb #9a5a6239
 @patch
 def update(self:ImageCache, keys, values, layer_idx):
     "Add a layer's new keys and values, both (n, heads, t, d); all of its words so far."
-    both = self.words[:, layer_idx]
+    both = self.words[:, layer_idx].transpose(2, 3)
     for held, new in zip(both, (keys, values)): held.index_copy_(2, self.at, new)
     return both[..., :self.shown, :]
 
@@ -138,7 +138,7 @@ def reorder_cache(self:ImageCache,
     rows:torch.Tensor, # (n,) which sentence each one goes on from
 ):
     "Move the words along with the beams; the tensor stays where it is."
-    so_far = self.words[..., :self.length, :]
+    so_far = self.words[:, :, :, :self.length]
     so_far.copy_(so_far.index_select(2, rows))
 
 @patch
@@ -188,7 +188,7 @@ def visible(
     device=None,
 )->torch.Tensor: # true where a word may look, or None: everywhere
     "Which words each new word may look at."
-    if mask is None and t == 1: return None
+    if t == 1 and (mask is None or not mask.is_cuda and mask.all()): return None
     causal = torch.ones(t, past + t, dtype=torch.bool, device=device).tril(past)
     if mask is None: return causal
     return causal & mask[:, None, None, :].bool() | torch.eye(t, past + t, dtype=torch.bool, device=device).roll(past, 1)
@@ -253,7 +253,7 @@ def fixed_step(
     ids, positions, mask, # one new word: (n, 1), (n, 1) or (1, 1), what `visible` gives
 )->torch.Tensor: # (n, 1, vocabulary)
     "A step whose shapes are those of the step before."
-    room = cache.words.shape[4]
+    room = cache.words.shape[3]
     if cache.step is None: cache.step = FixedStep(len(ids), room, ids.device)
     s = cache.step
     s.set(ids, positions, mask, cache.length)
@@ -323,7 +323,7 @@ def packable(
     return bf16 or layer.weight.dtype == torch.float32
 
 # %% ../nbs/02_decoding.ipynb #7392796e
-_packed = weakref.WeakKeyDictionary()                         # decoder -> (its state, its packed copy)
+_packed = weakref.WeakKeyDictionary()                         # model -> (its state, its packed copy)
 
 def _state(modules): # what has to be the same for a packed copy to be good
     def mark(p):
@@ -333,19 +333,19 @@ def _state(modules): # what has to be the same for a packed copy to be good
     return [(id(m), *(mark(m.weight) if packable(m) else ())) for m in modules]
 
 def packed(
-    decoder:BlipTextLMHeadModel, # a text decoder
-)->BlipTextLMHeadModel: # with its linear layers packed, or the same one where gradients are wanted or the processor cannot
-    "A decoder that reads its weights faster."
-    if torch.is_grad_enabled() or decoder.device.type != 'cpu' or platform.machine() not in ('x86_64', 'AMD64') or not torch.backends.mkldnn.is_available(): return decoder
-    state = _state(decoder.modules())
-    if _packed.get(decoder, (None,))[0] != state:
-        shared = {id(t): t for t in (*decoder.parameters(), *decoder.buffers())}
-        twin = copy.deepcopy(decoder, shared)                  # modules are copied, tensors are not
+    model, # a text decoder or a vision model
+): # with its linear layers packed, or the same one where gradients are wanted or the processor cannot
+    "A model that reads its weights faster."
+    if torch.is_grad_enabled() or model.device.type != 'cpu' or platform.machine() not in ('x86_64', 'AMD64') or not torch.backends.mkldnn.is_available(): return model
+    state = _state(model.modules())
+    if _packed.get(model, (None,))[0] != state:
+        shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+        twin = copy.deepcopy(model, shared)                  # modules are copied, tensors are not
         for m in list(twin.modules()):
             for name, child in list(m.named_children()):
                 if packable(child): setattr(m, name, PackedLinear(child))
-        _packed[decoder] = state, twin
-    return _packed[decoder][1]
+        _packed[model] = state, twin
+    return _packed[model][1]
 
 # %% ../nbs/02_decoding.ipynb #4d15d152
 def fast_generate(

@@ -33,7 +33,7 @@ def noise(n, size=384): return torch.randn(n, 3, size, size, generator=torch.Gen
 
 @torch.no_grad()
 def ours(model, pixels, **kw):
-    embeds = vision_features(model.vision_model, pixels.to(model.dtype))
+    embeds = vision_features(packed(model.vision_model), pixels.to(model.dtype))
     ids = torch.full((len(pixels), 1), model.config.text_config.bos_token_id, device=DEVICE)
     return fast_generate(model.text_decoder, embeds, ids, **kw)
 
@@ -68,12 +68,12 @@ def recorded(repeats, dtype): # what a recorded step is worth
 def vision_share(repeats, dtype):
     model, pixels, side = base_size(dtype), noise(B).to(dtype), 8192 if GPU else 2048
     m = torch.randn(side, side, device=DEVICE, dtype=dtype)
-    a, b = in_turn(lambda: vision_features(model.vision_model, pixels), lambda: m@m, 3*repeats)
+    a, b = in_turn(lambda: vision_features(packed(model.vision_model), pixels), lambda: m@m, 3*repeats)
     v, n = model.config.vision_config, (384//16)**2 + 1
     flops = B*v.num_hidden_layers*(2*n*v.hidden_size*(4*v.hidden_size + 2*v.intermediate_size) + 4*n*n*v.hidden_size)
     rate, best = flops/a/1e9, 2*side**3/b/1e9
     line(f'vision encoder, share of the matrix-multiply rate, {name_of(dtype)}', ours=round(rate, 1), peer=round(best, 1), ratio=round(rate/best, 3), unit='GFLOP/s', bar=.6)
-    embeds = vision_features(model.vision_model, pixels)
+    embeds = vision_features(packed(model.vision_model), pixels)
     c, _ = in_turn(lambda: image_memory(model.text_decoder, embeds), lambda: None, 3*repeats)
     line(f'of each decode, {name_of(dtype)}: the vision encoder', ours=round(a, 4), unit='s')
     line(f"of each decode, {name_of(dtype)}: the pictures' keys and values", ours=round(c, 4), unit='s')
