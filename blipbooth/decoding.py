@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['quiet_transformers', 'random_blip', 'heads', 'vision_features', 'image_memory', 'ImageCache', 'fold', 'unfold',
-           'text_layer', 'visible', 'record', 'FixedStep', 'fixed_step', 'FastDecoder', 'PackedLinear', 'packable',
-           'packed', 'fast_generate', 'Finished', 'best_sums', 'BeamGroup', 'beam_loop', 'diverse_beam_search',
-           'progress_of', 'alternatives', 'Constrained', 'constrained_beam_search', 'GumbelNoise', 'seeded_sample']
+           'text_layer', 'visible', 'listened', 'record', 'FixedStep', 'fixed_step', 'FastDecoder', 'PackedLinear',
+           'packable', 'packed', 'fast_generate', 'Finished', 'best_sums', 'BeamGroup', 'beam_loop',
+           'diverse_beam_search', 'progress_of', 'alternatives', 'Constrained', 'constrained_beam_search',
+           'GumbelNoise', 'seeded_sample']
 
 # %% ../nbs/02_decoding.ipynb #b5d460a6
 import copy, os, platform, warnings, weakref
@@ -193,6 +194,13 @@ def visible(
     if mask is None: return causal
     return causal & mask[:, None, None, :].bool() | torch.eye(t, past + t, dtype=torch.bool, device=device).roll(past, 1)
 
+# %% ../nbs/02_decoding.ipynb #c0ffee03
+def listened(
+    model, # a module
+)->bool:
+    "Whether hooks are waiting to be called somewhere in a model; then its own modules have to run."
+    return any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
 # %% ../nbs/02_decoding.ipynb #c9b9b03e
 _last = {}                                                    # device -> the graph recorded last, whose memory the next one takes over
 
@@ -225,10 +233,11 @@ class FixedStep:
         n:int, # sentences
         room:int, # places for words in the cache
         device=None,
+        recorded:bool=True, # record the second step
     ):
         new = lambda *shape, dtype=torch.long: torch.zeros(shape, dtype=dtype, device=device)
         self.ids, self.positions, self.at, self.mask = new(n, 1), new(n, 1), new(1), new(n, 1, 1, room, dtype=torch.bool)
-        self.calls, self.graph, self.logits = 0, None, None
+        self.calls, self.graph, self.logits, self.recorded = 0, None, None, recorded
 
     def set(self, ids, positions, mask, past):
         for held, new in (self.ids, ids), (self.positions, positions): held.copy_(new)
@@ -241,7 +250,7 @@ class FixedStep:
     )->torch.Tensor: # (n, 1, vocabulary); the next call may write over them
         "Logits: computed the first time, recorded the second, played from then on."
         def run(): self.logits = compute()
-        if self.calls == 1: self.graph = record(run, self.at.device)
+        if self.calls == 1 and self.recorded: self.graph = record(run, self.at.device)
         self.calls += 1
         if self.graph: self.graph.replay()
         else: run()
@@ -254,7 +263,7 @@ def fixed_step(
 )->torch.Tensor: # (n, 1, vocabulary)
     "A step whose shapes are those of the step before."
     room = cache.words.shape[3]
-    if cache.step is None: cache.step = FixedStep(len(ids), room, ids.device)
+    if cache.step is None: cache.step = FixedStep(len(ids), room, ids.device, not listened(decoder))
     s = cache.step
     s.set(ids, positions, mask, cache.length)
     cache.at, cache.shown = s.at, room
@@ -316,9 +325,9 @@ class PackedLinear(torch.nn.Module):
 
 def packable(
     layer, # a module
-)->bool: # an ordinary linear layer that nothing listens to, on a CPU whose library can do it
+)->bool: # an ordinary linear layer, on a CPU whose library can do it
     "Whether a module may be packed."
-    if type(layer) is not torch.nn.Linear or layer._forward_hooks or layer._forward_pre_hooks or layer.weight.device.type != 'cpu': return False
+    if type(layer) is not torch.nn.Linear or layer.weight.device.type != 'cpu': return False
     bf16 = layer.weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return bf16 or layer.weight.dtype == torch.float32
 
@@ -334,9 +343,9 @@ def _state(modules): # what has to be the same for a packed copy to be good
 
 def packed(
     model, # a text decoder or a vision model
-): # with its linear layers packed, or the same one where gradients are wanted or the processor cannot
+): # with its linear layers packed, or the same one where gradients are wanted, hooks wait, or the processor cannot
     "A model that reads its weights faster."
-    if torch.is_grad_enabled() or model.device.type != 'cpu' or platform.machine() not in ('x86_64', 'AMD64') or not torch.backends.mkldnn.is_available(): return model
+    if torch.is_grad_enabled() or model.device.type != 'cpu' or listened(model) or platform.machine() not in ('x86_64', 'AMD64') or not torch.backends.mkldnn.is_available(): return model
     state = _state(model.modules())
     if _packed.get(model, (None,))[0] != state:
         shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
