@@ -198,7 +198,7 @@ def encode(self:Blip,
     v = self.model.config.vision_config
     x = pixel_values(images, self.processor, fit, size).to(self.device, self.dtype)
     other = tuple(x.shape[-2:]) != (v.image_size, v.image_size)
-    if self.fast: return vision_features(self.model.vision_model, x, other)
+    if self.fast: return vision_features(packed(self.model.vision_model), x, other)
     return self.model.vision_model(pixel_values=x, interpolate_pos_encoding=other).last_hidden_state
 
 # %% ../nbs/03_captioning.ipynb #abd33f61

@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['quiet_transformers', 'random_blip', 'heads', 'vision_features', 'image_memory', 'ImageCache', 'fold', 'unfold',
-           'text_layer', 'visible', 'FastDecoder', 'PackedLinear', 'packable', 'packed', 'fast_generate', 'Finished',
-           'best_sums', 'BeamGroup', 'beam_loop', 'diverse_beam_search', 'progress_of', 'alternatives', 'Constrained',
-           'constrained_beam_search', 'GumbelNoise', 'seeded_sample']
+           'text_layer', 'visible', 'listened', 'record', 'FixedStep', 'fixed_step', 'FastDecoder', 'PackedLinear',
+           'packable', 'packed', 'fast_generate', 'Finished', 'best_sums', 'BeamGroup', 'beam_loop',
+           'diverse_beam_search', 'progress_of', 'alternatives', 'Constrained', 'constrained_beam_search',
+           'GumbelNoise', 'seeded_sample']
 
 # %% ../nbs/02_decoding.ipynb #b5d460a6
-import copy, platform, warnings, weakref
+import copy, os, platform, warnings, weakref
 from contextlib import contextmanager
+from functools import cache as once
 from itertools import zip_longest
 
 import torch
 import torch.nn.functional as F
-from fastcore.basics import listify
+from fastcore.basics import listify, patch
 from transformers import (BertTokenizer, BlipConfig, BlipForConditionalGeneration, BlipProcessor, DynamicCache, LogitsProcessor,
     LogitsProcessorList)
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
@@ -97,15 +99,55 @@ class ImageCache(DynamicCache):
     "Keys and values of the words so far, and of the pictures, which have them once however many sentences are being written."
     def __init__(self,
         memory:list, # from `image_memory`
+        fixed:bool=None, # keep every shape the same from step to step; None: on a GPU, unless BLIPBOOTH_GRAPHS is 0
     ):
         super().__init__()
-        self.images, self.memory = len(memory[0][0]), memory
+        key = memory[0][0]
+        self.images, self.memory, self.words, self.length, self.step = len(key), memory, None, 0, None
+        self.fixed = key.is_cuda and os.environ.get('BLIPBOOTH_GRAPHS') != '0' if fixed is None else fixed
 
-    def spread(self,
-        n:int, # sentences for each picture
+    def get_seq_length(self, layer_idx=0): return self.length
+
+    def reserve(self,
+        n:int, # sentences
+        length:int, # words of each
     ):
-        "Let every picture's words so far stand at the beginning of `n` sentences."
-        self.batch_repeat_interleave(n)
+        "Make room, for twice as many words whenever there is too little."
+        key, old = self.memory[0][0], self.words
+        if old is not None and old.shape[3] >= length: return
+        room = max(length + -length % 32, 0 if old is None else 2*old.shape[3])
+        self.words, self.step = key.new_zeros(2, len(self.memory), n, room, key.shape[1], key.shape[3]), None
+        if old is not None: self.words[:, :, :, :self.length] = old[:, :, :, :self.length]
+
+# %% ../nbs/02_decoding.ipynb #9a5a6239
+@patch
+def update(self:ImageCache, keys, values, layer_idx):
+    "Add a layer's new keys and values, both (n, heads, t, d); all of its words so far."
+    both = self.words[:, layer_idx].transpose(2, 3)
+    for held, new in zip(both, (keys, values)): held.index_copy_(2, self.at, new)
+    return both[..., :self.shown, :]
+
+@patch
+def spread(self:ImageCache,
+    n:int, # sentences for each picture
+):
+    "Let every picture's words so far stand at the beginning of `n` sentences."
+    self.words = self.words.repeat_interleave(n, 2)
+
+@patch
+def reorder_cache(self:ImageCache,
+    rows:torch.Tensor, # (n,) which sentence each one goes on from
+):
+    "Move the words along with the beams; the tensor stays where it is."
+    so_far = self.words[:, :, :, :self.length]
+    so_far.copy_(so_far.index_select(2, rows))
+
+@patch
+def crop(self:ImageCache,
+    n:int, # words to keep, or minus how many to forget
+):
+    "Forget the last words."
+    self.length = n if n > 0 else self.length + n
 
 # %% ../nbs/02_decoding.ipynb #2465d0b6
 def fold(
@@ -147,10 +189,85 @@ def visible(
     device=None,
 )->torch.Tensor: # true where a word may look, or None: everywhere
     "Which words each new word may look at."
-    if mask is None and t == 1: return None
+    if t == 1 and (mask is None or not mask.is_cuda and mask.all()): return None
     causal = torch.ones(t, past + t, dtype=torch.bool, device=device).tril(past)
     if mask is None: return causal
     return causal & mask[:, None, None, :].bool() | torch.eye(t, past + t, dtype=torch.bool, device=device).roll(past, 1)
+
+# %% ../nbs/02_decoding.ipynb #c0ffee03
+def listened(
+    model, # a module
+)->bool:
+    "Whether hooks are waiting to be called somewhere in a model; then its own modules have to run."
+    return any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+# %% ../nbs/02_decoding.ipynb #c9b9b03e
+_last = {}                                                    # device -> the graph recorded last, whose memory the next one takes over
+
+@once
+def _aside(device): return torch.cuda.Stream(device)          # recording is not possible on the stream that everything else uses
+
+def record(
+    run, # a function that asks a GPU for work on tensors that stay where they are
+    device:torch.device, # where they are
+): # `torch.cuda.CUDAGraph`, or None where there is no GPU or the work cannot be recorded
+    "Record work instead of doing it."
+    if device.type != 'cuda': return None
+    graph, aside, here = torch.cuda.CUDAGraph(), _aside(device), torch.cuda.current_stream(device)
+    pool = [_last[device].pool()] if device in _last else []
+    aside.wait_stream(here)
+    try:
+        with torch.cuda.stream(aside):
+            graph.capture_begin(*pool, capture_error_mode='thread_local')
+            try: run()
+            finally: graph.capture_end()
+    except RuntimeError: return None
+    here.wait_stream(aside)
+    _last[device] = graph
+    return graph
+
+# %% ../nbs/02_decoding.ipynb #a3781b5b
+class FixedStep:
+    "A decoder's step for one new word of each sentence, in tensors that stay where they are."
+    def __init__(self,
+        n:int, # sentences
+        room:int, # places for words in the cache
+        device=None,
+        recorded:bool=True, # record the second step
+    ):
+        new = lambda *shape, dtype=torch.long: torch.zeros(shape, dtype=dtype, device=device)
+        self.ids, self.positions, self.at, self.mask = new(n, 1), new(n, 1), new(1), new(n, 1, 1, room, dtype=torch.bool)
+        self.calls, self.graph, self.logits, self.recorded = 0, None, None, recorded
+
+    def set(self, ids, positions, mask, past):
+        for held, new in (self.ids, ids), (self.positions, positions): held.copy_(new)
+        self.at.fill_(past)
+        self.mask.zero_()
+        self.mask[..., :past + 1] = True if mask is None else mask
+
+    def __call__(self,
+        compute, # a function of nothing that computes the logits from these tensors
+    )->torch.Tensor: # (n, 1, vocabulary); the next call may write over them
+        "Logits: computed the first time, recorded the second, played from then on."
+        def run(): self.logits = compute()
+        if self.calls == 1 and self.recorded: self.graph = record(run, self.at.device)
+        self.calls += 1
+        if self.graph: self.graph.replay()
+        else: run()
+        return self.logits
+
+def fixed_step(
+    decoder, # `FastDecoder`
+    cache:ImageCache, # pictures, and words so far
+    ids, positions, mask, # one new word: (n, 1), (n, 1) or (1, 1), what `visible` gives
+)->torch.Tensor: # (n, 1, vocabulary)
+    "A step whose shapes are those of the step before."
+    room = cache.words.shape[3]
+    if cache.step is None: cache.step = FixedStep(len(ids), room, ids.device, not listened(decoder))
+    s = cache.step
+    s.set(ids, positions, mask, cache.length)
+    cache.at, cache.shown = s.at, room
+    return s(lambda: decoder.next_logits(cache, s.ids, s.positions, s.mask))
 
 # %% ../nbs/02_decoding.ipynb #e0d1a5da
 class FastDecoder(BlipTextLMHeadModel):
@@ -164,16 +281,25 @@ class FastDecoder(BlipTextLMHeadModel):
         use_cache=True, return_dict=True, is_decoder=True,
     ):
         "Logits of the next word."
-        cache, t = past_key_values, input_ids.shape[1]
-        past, k = cache.get_seq_length(), len(input_ids)//cache.images
+        cache, past, t = past_key_values, past_key_values.length, input_ids.shape[1]
+        k, places = len(input_ids)//cache.images, torch.arange(past, past + t, device=input_ids.device)
         same = not past and k > 1 and torch.equal(input_ids, input_ids[::k].repeat_interleave(k, 0))
         if same: input_ids, attention_mask, position_ids = (o if o is None else o[::k] for o in (input_ids, attention_mask, position_ids))
-        x = self.bert.embeddings(input_ids=input_ids, position_ids=position_ids, past_key_values_length=past)
-        mask = visible(t, past, attention_mask, x.device)
-        for layer in self.bert.encoder.layer: x = text_layer(layer, x, cache, mask)
-        logits = self.cls(x[:, -logits_to_keep:])
+        words = input_ids, places[None] if position_ids is None else position_ids, visible(t, past, attention_mask, input_ids.device)
+        cache.reserve(len(input_ids), past + t)
+        if cache.fixed and past and t == 1: logits = fixed_step(self, cache, *words)
+        else:
+            cache.at, cache.shown = places, past + t
+            logits = self.next_logits(cache, *words, logits_to_keep)
+        cache.length += t
         if same: cache.spread(k); logits = logits.repeat_interleave(k, 0)
         return CausalLMOutputWithCrossAttentions(logits=logits, past_key_values=cache)
+
+    def next_logits(self, cache, ids, positions, mask, keep=0):
+        "The decoder itself; `cache.at` and `cache.shown` say where the words go and how far they look."
+        x = self.bert.embeddings(input_ids=ids, position_ids=positions)
+        for layer in self.bert.encoder.layer: x = text_layer(layer, x, cache, mask)
+        return self.cls(x[:, -keep:])
 
     @classmethod
     def over(cls,
@@ -199,14 +325,14 @@ class PackedLinear(torch.nn.Module):
 
 def packable(
     layer, # a module
-)->bool: # an ordinary linear layer that nothing listens to, on a CPU whose library can do it
+)->bool: # an ordinary linear layer, on a CPU whose library can do it
     "Whether a module may be packed."
-    if type(layer) is not torch.nn.Linear or layer._forward_hooks or layer._forward_pre_hooks or layer.weight.device.type != 'cpu': return False
+    if type(layer) is not torch.nn.Linear or layer.weight.device.type != 'cpu': return False
     bf16 = layer.weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return bf16 or layer.weight.dtype == torch.float32
 
 # %% ../nbs/02_decoding.ipynb #7392796e
-_packed = weakref.WeakKeyDictionary()                         # decoder -> (its state, its packed copy)
+_packed = weakref.WeakKeyDictionary()                         # model -> (its state, its packed copy)
 
 def _state(modules): # what has to be the same for a packed copy to be good
     def mark(p):
@@ -216,19 +342,19 @@ def _state(modules): # what has to be the same for a packed copy to be good
     return [(id(m), *(mark(m.weight) if packable(m) else ())) for m in modules]
 
 def packed(
-    decoder:BlipTextLMHeadModel, # a text decoder
-)->BlipTextLMHeadModel: # with its linear layers packed, or the same one where gradients are wanted or the processor cannot
-    "A decoder that reads its weights faster."
-    if torch.is_grad_enabled() or platform.machine() not in ('x86_64', 'AMD64') or not torch.backends.mkldnn.is_available(): return decoder
-    state = _state(decoder.modules())
-    if _packed.get(decoder, (None,))[0] != state:
-        shared = {id(t): t for t in (*decoder.parameters(), *decoder.buffers())}
-        twin = copy.deepcopy(decoder, shared)                  # modules are copied, tensors are not
+    model, # a text decoder or a vision model
+): # with its linear layers packed, or the same one where gradients are wanted, hooks wait, or the processor cannot
+    "A model that reads its weights faster."
+    if torch.is_grad_enabled() or model.device.type != 'cpu' or listened(model) or platform.machine() not in ('x86_64', 'AMD64') or not torch.backends.mkldnn.is_available(): return model
+    state = _state(model.modules())
+    if _packed.get(model, (None,))[0] != state:
+        shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+        twin = copy.deepcopy(model, shared)                  # modules are copied, tensors are not
         for m in list(twin.modules()):
             for name, child in list(m.named_children()):
                 if packable(child): setattr(m, name, PackedLinear(child))
-        _packed[decoder] = state, twin
-    return _packed[decoder][1]
+        _packed[model] = state, twin
+    return _packed[model][1]
 
 # %% ../nbs/02_decoding.ipynb #4d15d152
 def fast_generate(
@@ -236,12 +362,14 @@ def fast_generate(
     embeds:torch.Tensor, # (b, 1 + patches, d) from the vision model
     input_ids:torch.Tensor, # (b, t) start token and prompt, padded on the left if lengths differ
     attention_mask:torch.Tensor=None, # (b, t), 0 for padding
+    fixed:bool=None, # see `ImageCache`
     **kwargs, # what transformers' `generate` takes
 ):
     "Continue `input_ids` about the pictures; as transformers' `generate`, and quicker."
     with torch.no_grad(): fast = FastDecoder.over(packed(decoder))
     if attention_mask is None: attention_mask = torch.ones_like(input_ids)
-    return fast.generate(input_ids=input_ids, attention_mask=attention_mask, past_key_values=ImageCache(image_memory(fast, embeds)), **kwargs)
+    cache = ImageCache(image_memory(fast, embeds), fixed)
+    return fast.generate(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, **kwargs)
 
 # %% ../nbs/02_decoding.ipynb #223f71bf
 class Finished:
