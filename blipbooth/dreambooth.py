@@ -27,7 +27,7 @@ from diffusers.models.activations import GEGLU
 from fastcore.basics import patch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from .callbacks import EMA, Checkpoints, Interrupts, LetGo, LossLog, NaNGuard, Prints, Progress, Track, check_trackers, load_weights
+from .callbacks import EMA, Checkpoints, Halved, Interrupts, LetGo, LossLog, NaNGuard, Prints, Progress, Track, check_trackers, load_weights
 from .decoding import quiet_transformers
 from .concept import Concept, check_name, load_masks, training_set
 from .core import BoothError, atomic_dir, atomic_write, file_hash, nearest, stateless_seed
@@ -367,8 +367,9 @@ class _Gate(torch.autograd.Function):
     "a·gelu(b) of [a, b] = x, or of [a, b] = Wx + c with frozen W and c; what follows from x is found again on the way back."
     @staticmethod
     def forward(ctx, x, *frozen):
-        ctx.save_for_backward(x, *frozen)
         ctx.dtype = x.dtype
+        if frozen and frozen[0].itemsize < x.itemsize: x = x.to(frozen[0].dtype)  # autocast is about to
+        ctx.save_for_backward(x, *frozen)
         a, b = (F.linear(x, *frozen) if frozen else x).chunk(2, -1)
         return a*F.gelu(b)
 
@@ -429,7 +430,7 @@ def token_rows(
 def _open_rows(pipe, tokens):
     "Let the rare tokens' rows of the embedding table learn, and no other."
     w = pipe.text_encoder.get_input_embeddings().weight
-    mask = torch.zeros(len(w), 1)
+    mask = torch.zeros(len(w), 1, device=w.device)
     for t in tokens: mask[token_rows(pipe, t)] = 1
     w.requires_grad_(True)
     w.register_hook(lambda g: g*mask.to(g))
@@ -452,7 +453,7 @@ class DreamBoothLoss:
         cfg,  # gives prior.weight, min_snr, loss.* and data.background
     ):
         c = pipe.scheduler.config
-        self.scheduler, self.kind, self.scale = pipe.scheduler, c.prediction_type, pipe.vae.config.scaling_factor
+        self.mix, self.kind, self.scale = alpha_sigma(pipe.scheduler, torch.arange(c.num_train_timesteps)), c.prediction_type, pipe.vae.config.scaling_factor
         self.weight, self.gamma, self.cfg, self.background = cfg.prior.weight, cfg.min_snr, cfg.loss, cfg.data.background
         self.low, self.high = cfg.loss.t_min, min(c.num_train_timesteps, cfg.loss.t_max or c.num_train_timesteps)
 
@@ -477,7 +478,8 @@ def each(self:DreamBoothLoss,
     x, noise, t = b['latents']*self.scale, b['noise'], self.times(b['t'])
     if self.cfg.noise_offset: noise = noise + self.cfg.noise_offset*b['offset']
     seen = noise + self.cfg.input_perturbation*b['perturb'] if self.cfg.input_perturbation else noise
-    a, s = (v.to(x) for v in alpha_sigma(self.scheduler, t))
+    self.mix = tuple(v.to(x) for v in self.mix)  # the tables of α and σ are sent to a GPU once
+    a, s = (v[t] for v in self.mix)
     pred = net(add_noise(x, seen, a, s), t, b['ids'], b.get('context')).float()
     error = self.error(pred, target(self.kind, x, noise, a, s)).flatten(2)
     if 'mask' not in b: each = error.flatten(1).mean(1)
@@ -659,8 +661,13 @@ def build_learner(
     if cfg.gradient_checkpointing: _checkpointing(pipe)
     opt = make_optimizer(cfg, parameter_groups(net, cfg, pipe))
     keep = run_callbacks(pipe, concepts, cfg, out, resume, anyway, acc.num_processes) if out else []
-    own = [NaNGuard(), Progress(), Interrupts(), LetGo(*spare_parts(pipe, cfg)), *([EMA(cfg.ema)] if cfg.ema else []), *([Track(config=_flat(cfg), logs=Path(out)/'logs' if out else None)] if cfg.trackers else [])]
+    own = [NaNGuard(), Progress(), Interrupts(), LetGo(*spare_parts(pipe, cfg)), *_halved(pipe, cfg), *([EMA(cfg.ema)] if cfg.ema else []), *([Track(config=_flat(cfg), logs=Path(out)/'logs' if out else None)] if cfg.trackers else [])]
     return Learner(net, data, loss, opt, cfg.steps, make_schedule(cfg, opt), [*own, *keep, *cbs], acc, cfg.batch_size, cfg.accumulate, cfg.clip)
+
+def _halved(pipe, cfg):
+    "In mixed precision: what keeps frozen weights as they are multiplied."
+    dtype = dict(bf16=torch.bfloat16, fp16=torch.float16).get(cfg.mixed_precision)
+    return [Halved(dtype, *(m for m in (pipe.unet, pipe.text_encoder) if m not in spare_parts(pipe, cfg)))] if dtype else []
 
 def _accelerator(pipe, cfg, out):
     "An Accelerator; accelerate keeps the precision of the first one in a process, and a notebook may train in another next."
