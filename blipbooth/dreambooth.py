@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['PRESETS', 'TrainConfig', 'PriorConfig', 'LossConfig', 'CheckpointConfig', 'PrintsConfig', 'DataConfig',
            'ConceptConfig', 'DreamBoothConfig', 'preset', 'config_fields', 'check_photos', 'load_concepts', 'Trained',
-           'choose_parts', 'FrozenConv2d', 'LeanGEGLU', 'FrozenGroupNorm', 'LeanSiLU', 'remember_less', 'token_rows',
-           'parameter_table', 'DreamBoothLoss', 'learning_rates', 'parameter_groups', 'lr_factor', 'make_optimizer',
-           'make_schedule', 'check_named', 'resolution', 'data_options', 'made_with', 'spare_parts', 'run_callbacks',
-           'build_learner', 'Estimate', 'estimate', 'open_run', 'merge_lora', 'export_pipeline']
+           'choose_parts', 'FrozenConv2d', 'LeanGEGLU', 'FrozenGroupNorm', 'LeanSiLU', 'remember_less', 'FusedLora',
+           'fuse_lora', 'token_rows', 'parameter_table', 'DreamBoothLoss', 'learning_rates', 'parameter_groups',
+           'lr_factor', 'make_optimizer', 'make_schedule', 'check_named', 'resolution', 'data_options', 'made_with',
+           'spare_parts', 'run_callbacks', 'build_learner', 'Estimate', 'estimate', 'open_run', 'merge_lora',
+           'export_pipeline']
 
 # %% ../nbs/13_dreambooth.ipynb #8c254960
 import dataclasses, json, math, warnings, weakref
@@ -27,6 +28,7 @@ from diffusers.models.activations import GEGLU
 from fastcore.basics import patch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from peft.tuners.lora import Linear as LoraLinear
 from .callbacks import EMA, Checkpoints, Halved, Interrupts, LetGo, LossLog, NaNGuard, Prints, Progress, Track, check_trackers, load_weights
 from .decoding import quiet_transformers
 from .concept import Concept, check_name, load_masks, training_set
@@ -337,6 +339,7 @@ def choose_parts(
                 part.add_adapter(LoraConfig(r=cfg.train.rank, lora_alpha=cfg.train.rank, init_lora_weights='gaussian', target_modules=_LORA[name]))
     if cfg.train.token and cfg.train.text_encoder != 'full': _open_rows(pipe, [c.token for c in cfg.concepts] or [cfg.token])
     remember_less(net.unet)
+    fuse_lora(net)
     return net
 
 # %% ../nbs/13_dreambooth.ipynb #879bd32b
@@ -418,6 +421,52 @@ def remember_less(
 ):
     "Let frozen convolutions and norms, and gates, keep less for the backward pass; the gradients stay what they are."
     for m in net.modules(): m.__class__ = _LEAN.get(type(m), type(m))
+
+# %% ../nbs/13_dreambooth.ipynb #4d7a90e1
+def _multiplied_in(x):
+    "The precision in which a layer multiplies this input: autocast's, or its own."
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) else x.dtype
+
+class _Lora(torch.autograd.Function):
+    "Wx + c + s·BAx with frozen W and c."
+    @staticmethod
+    def forward(ctx, x, w, c, A, B, s):
+        kind = _multiplied_in(x)
+        ctx.dtype, ctx.s, x = x.dtype, s, x.to(kind)
+        y, low = F.linear(x, w.to(kind), c if c is None else c.to(kind)), F.linear(x, A.to(kind)).flatten(0, -2)
+        ctx.save_for_backward(x, low, w, A, B)
+        y.view(-1, y.shape[-1]).addmm_(low, B.to(kind).T, alpha=s)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        (x, low, w, A, B), shape = ctx.saved_tensors, ctx.saved_tensors[0].shape
+        g, x = g.flatten(0, -2), x.flatten(0, -2)
+        back, dx = g @ B.to(g.dtype), None
+        if ctx.needs_input_grad[0]: dx = (g @ w.to(g.dtype)).addmm_(back, A.to(g.dtype), alpha=ctx.s).view(shape).to(ctx.dtype)
+        return dx, None, None, (back.T @ x).to(A.dtype).mul_(ctx.s), (g.T @ low).to(B.dtype).mul_(ctx.s), None
+
+# %% ../nbs/13_dreambooth.ipynb #4d7a90e2
+class FusedLora(LoraLinear):
+    "peft's LoRA layer in fewer passes, as long as it is a plain one."
+    def plain(self, name):
+        held, base = self.lora_dropout[name], self.base_layer
+        other = self.disable_adapters or self.merged or getattr(self, 'use_dora', {}).get(name) or getattr(self, 'lora_variant', {}).get(name) or self.lora_B[name].bias is not None
+        return not other and isinstance(held, torch.nn.Identity) and type(base) is torch.nn.Linear and not any(p.requires_grad for p in base.parameters())
+
+    def forward(self, x, *args, **kwargs):
+        names = self.active_adapters
+        if args or kwargs or len(names) != 1 or names[0] not in self.lora_A or not self.plain(names[0]): return super().forward(x, *args, **kwargs)
+        n, base = names[0], self.base_layer
+        return _Lora.apply(x, base.weight, base.bias, self.lora_A[n].weight, self.lora_B[n].weight, self.scaling[n])
+
+def fuse_lora(
+    net, # a module; its LoRA layers change their class, not their weights
+):
+    "Let peft's plain LoRA layers work in fewer passes."
+    for m in net.modules():
+        if type(m) is LoraLinear: m.__class__ = FusedLora
 
 # %% ../nbs/13_dreambooth.ipynb #c66f2349
 def token_rows(

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from peft.tuners.lora import Linear as LoraLinear
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from common import GPU, in_turn, line, machine, seconds
@@ -19,6 +20,7 @@ from common import GPU, in_turn, line, machine, seconds
 from blipbooth.all import *
 from blipbooth.dreambooth import _LEAN, _halved
 
+PLAINLY = {**{v: k for k, v in _LEAN.items()}, FusedLora: LoraLinear}  # our layers, and those of the libraries that they stand for
 WIDTHS = 320, 192, 128, 64, 32  # of the UNet's first level
 
 
@@ -85,7 +87,7 @@ class Plain:
     def __init__(self, pipe, cfg):
         self.pipe, self.cfg, self.c, self.k = pipe, cfg, concept(), 0
         self.net = choose_parts(pipe, cfg)
-        for m in pipe.unet.modules(): m.__class__ = {v: k for k, v in _LEAN.items()}.get(type(m), type(m))
+        for m in self.net.modules(): m.__class__ = PLAINLY.get(type(m), type(m))
         for p in [*self.net.parameters(), *pipe.vae.parameters()]:
             if half(cfg) and not p.requires_grad: p.data = p.data.to(half(cfg))
         self.params = [p for p in self.net.parameters() if p.requires_grad]
