@@ -12,7 +12,7 @@ __all__ = ['PRESETS', 'TrainConfig', 'PriorConfig', 'LossConfig', 'CheckpointCon
            'export_pipeline']
 
 # %% ../nbs/13_dreambooth.ipynb #8c254960
-import dataclasses, json, math, warnings, weakref
+import dataclasses, json, math, re, warnings, weakref
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,6 +29,7 @@ from fastcore.basics import patch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from peft.tuners.lora import Linear as LoraLinear
+from yaml import YAMLError
 from .callbacks import EMA, Checkpoints, Halved, Interrupts, LetGo, LossLog, NaNGuard, Prints, Progress, Track, check_trackers, load_weights
 from .decoding import quiet_transformers
 from .concept import Concept, check_name, load_masks, training_set
@@ -127,7 +128,7 @@ class DreamBoothConfig:
     "Everything a DreamBooth run is made from."
     preset:str = _f('', 'fast, faithful, low-memory, paper or original: other defaults')
     photos:str = _f('', 'folder with three to five photos of the subject')
-    min_photos:int = _f(2, 'fewest photos that are accepted; one photo teaches its background, too')
+    min_photos:int = _f(1, 'fewest photos that are accepted; a single one teaches its background, too, which is warned of')
     token:str = _f('sks', 'rare token that will mean the subject')
     class_noun:str = _f('', 'what the subject is, such as "fox"')
     out:str = _f('', 'run folder; empty: runs/CLASS_NOUN')
@@ -200,7 +201,7 @@ def _unknown(cfg, known, prefix=''):
     for k, v in cfg.items():
         if isinstance(v, dict) and prefix + str(k) not in known: yield from _unknown(v, known, f'{prefix}{k}.')
         elif prefix + str(k) not in known: yield prefix + str(k), known
-        elif prefix + str(k) == 'concepts': yield from (bad for c in v or () if isinstance(c, dict) for bad in _unknown(c, config_fields(ConceptConfig)))
+        elif prefix + str(k) == 'concepts': yield from (bad for c in (v if isinstance(v, list) else ()) if isinstance(c, dict) for bad in _unknown(c, config_fields(ConceptConfig)))
 
 def _merge(path, overrides):
     given = OmegaConf.create()
@@ -214,6 +215,16 @@ def _merge(path, overrides):
     return OmegaConf.to_container(OmegaConf.merge(*layers))
 
 # %% ../nbs/13_dreambooth.ipynb #17835b82
+_KINDS = {bool: ('true or false', 'true'), int: ('a whole number', '{}'), float: ('a number', '{}'), str: ('a text', '{!r}'), list: ('a list', '[a, b]'), dict: ('a set of names and values', '{{a: 1}}')}
+
+def _mistyped(e):
+    "What is wrong with a value of the wrong type, and how its key is written."
+    name, cls = re.sub(r'\[\d+\]$', '', e.full_key or ''), ConceptConfig if e.object_type is ConceptConfig else DreamBoothConfig
+    if name not in config_fields(cls): return f'config key {e.full_key!r}: {str(e).splitlines()[0]}'
+    default = config_fields(cls)[name][0]
+    what, example = _KINDS[type(default)]
+    return f"{name}={e.value!r} is not {what}; write it as, say, {name}={example.format(default)}"
+
 @patch(cls_method=True)
 def load(cls:DreamBoothConfig,
     path=None,  # a YAML file
@@ -221,20 +232,21 @@ def load(cls:DreamBoothConfig,
 ):              # the configuration, checked
     "Read a configuration from a file and from key=value overrides."
     try: given = _merge(path, overrides)
+    except YAMLError as e: raise BoothError(f"{path or 'the config'} is not YAML: {getattr(e, 'problem', e)}; put a text with brackets or a colon in quotes") from None
     except (OmegaConfBaseException, ValueError) as e: raise BoothError(f"{path or 'the config'} cannot be read: {str(e).splitlines()[0]}") from None
     for k, known in _unknown(given, config_fields()):
         near = nearest(k, known)
         raise BoothError(f"no config key {k!r}" + (f"; did you mean {near!r}?" if near else f"; the keys are {', '.join(known)}"))
     try: return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DreamBoothConfig), given)).check()
-    except OmegaConfBaseException as e:
-        raise BoothError(f"config key {e.full_key!r}: {str(e).splitlines()[0]}") from None
+    except OmegaConfBaseException as e: raise BoothError(_mistyped(e)) from None
+    except TypeError as e: raise BoothError(f"{path or 'the config'} cannot be read: {e}; optimizer_args and schedule_args are sets of names and values, such as optimizer_args.eps=1e-6") from None
 
 # %% ../nbs/13_dreambooth.ipynb #6bbaf7c3
 _LEAST = {'steps': 1, 'batch_size': 1, 'accumulate': 1, 'prior.n': 1, 'prior.weight': 0, 'prior.threshold': 0, 'prior.dedupe': 0, 'lr': 0, 'resolution': 0, 'checkpoint.every': 1, 'checkpoint.keep': 1,
-          'train.rank': 1, 'warmup': 0, 'clip': 0, 'min_snr': 0, 'train.unet_lr': 0, 'train.text_encoder_lr': 0, 'train.token_lr': 0, 'data.views': 1, 'data.colour': 0,
+          'train.rank': 1, 'min_photos': 1, 'weight_decay': 0, 'warmup': 0, 'clip': 0, 'min_snr': 0, 'train.unet_lr': 0, 'train.text_encoder_lr': 0, 'train.token_lr': 0, 'data.views': 1, 'data.colour': 0,
           'data.dropout': 0, 'data.background': 0, 'loss.huber': 1e-6, 'loss.noise_offset': 0, 'loss.input_perturbation': 0, 'loss.t_min': 0, 'loss.t_max': 0, 'loss.t_std': .01,
           'ema': 0, 'checkpoint.epochs': 0, 'checkpoint.minutes': 0, 'checkpoint.patience': 0, 'prints.every': 0, 'prints.steps': 1}
-_MOST = {'ema': .99999, 'prior.threshold': 1, 'prior.dedupe': 1, 'data.colour': 1, 'data.dropout': 1, 'data.background': 1}
+_MOST = {'train.rank': 1024, 'ema': .99999, 'prior.threshold': 1, 'prior.dedupe': 1, 'data.colour': 1, 'data.dropout': 1, 'data.background': 1}
 _CHOICES = {'train.unet': ('off', 'full', 'lora'), 'train.text_encoder': ('off', 'full', 'lora'), 'mixed_precision': ('no', 'fp16', 'bf16'),
             'fit': ('center-crop', 'random-crop', 'letterbox', 'stretch'), 'loss.kind': ('l2', 'huber'), 'loss.timesteps': ('uniform', 'logit-normal'), 'loss.weighting': ('none', 'debiased', 'p2'),
             'data.cache': ('memory', 'disk', 'off'), 'captions': ('captioner', 'sidecars', 'template'), 'checkpoint.best': ('', 'subject_fidelity', 'prompt_fidelity')}
@@ -271,9 +283,9 @@ def check_photos(
 ):
     "Refuse too few photos, or a batch that would hold one twice; warn of a single one."
     n = len(photos)
-    if n < cfg.min_photos: raise BoothError(f"{n} photo{'s'*(n > 1)} of the subject; {cfg.min_photos} to 5 are needed, add more (or say min_photos={n})")
+    if n < cfg.min_photos: raise BoothError(f"{n} photo{'s'*(n != 1)} of the subject; min_photos={cfg.min_photos} are needed, add more or lower it")
     if cfg.batch_size > n > 1: raise BoothError(f"batch_size={cfg.batch_size} is more than the {n} photos; lower it to {n} (accumulate={math.ceil(cfg.batch_size/n)} adds steps up instead)")
-    if n == 1: warnings.warn("one photo of the subject: its background will be learned with it; three to five in different places are better", stacklevel=2)
+    if n == 1: warnings.warn("one photo of the subject: its background will be learned with it; three to five in different places are better")
 
 # %% ../nbs/13_dreambooth.ipynb #6895feea
 @patch
@@ -602,6 +614,7 @@ def make_optimizer(
 ):          # torch.optim.Optimizer
     "The configured optimizer; torch's Adam and AdamW take all parameters in one pass (`fused`), unless told how."
     cls, said = _named('optimizer', cfg.optimizer, 'torch.optim.AdamW'), dict(cfg.optimizer_args)
+    for k in {'lr', 'weight_decay', 'params'} & set(said): raise BoothError(f"optimizer_args.{k}={said[k]} would not be heard; " + ('leave it out' if k == 'params' else f'say {k}={said[k]}'))
     if cls in (torch.optim.Adam, torch.optim.AdamW) and not {'fused', 'foreach', 'differentiable'} & set(said): said['fused'] = True
     return _made(cfg.optimizer, cls, groups, dict(lr=groups[0]['lr'], **said), 'optimizer_args')
 
@@ -614,13 +627,21 @@ def make_schedule(
     return _made(cfg.schedule, _named('schedule', cfg.schedule, 'torch.optim.lr_scheduler.StepLR'), opt, cfg.schedule_args, 'schedule_args')
 
 # %% ../nbs/13_dreambooth.ipynb #546b399b
+def _try_out(cfg, device):
+    "A step of the configured optimizer and schedule, on a number that nobody needs."
+    p = torch.nn.Parameter(torch.ones(1, device=device or 'cpu'))
+    opt = make_optimizer(cfg, [dict(params=[p], lr=cfg.lr or 1e-5)])
+    sched, p.grad = make_schedule(cfg, opt), torch.ones_like(p)
+    try: opt.step(); sched.step()
+    except (TypeError, ValueError, RuntimeError) as e: raise BoothError(f"optimizer={cfg.optimizer} with schedule={cfg.schedule} cannot take a step ({str(e).splitlines()[0]}); check optimizer_args={dict(cfg.optimizer_args)} and schedule_args={dict(cfg.schedule_args)}") from None
+
 def check_named(
     cfg,         # DreamBoothConfig
     device=None, # where it will train; None: that is not looked at
 ):
     "Refuse an optimizer, a schedule or a tracker that cannot be had, arguments they do not take, and numbers the device cannot train with."
     check_trackers(cfg.trackers)
-    make_schedule(cfg, make_optimizer(cfg, [dict(params=[torch.nn.Parameter(torch.zeros(1))], lr=cfg.lr)]))
+    _try_out(cfg, device)
     if cfg.mixed_precision == 'fp16' and device and torch.device(device).type == 'cpu': raise BoothError("mixed_precision=fp16 needs a GPU; on a CPU use bf16 or no")
 
 # %% ../nbs/13_dreambooth.ipynb #4365ded4
@@ -660,6 +681,9 @@ def _check_concepts(pipe, concepts, cfg):
     "Names the model can learn, enough photos, masks where they are asked for."
     check_named(cfg, pipe.device)
     check_photos(cfg, [p for c in concepts for p in c.photos])
+    T = pipe.scheduler.config.num_train_timesteps
+    for k, most in (('t_min', T - 1), ('t_max', T)):
+        if getattr(cfg.loss, k) > most: raise BoothError(f"loss.{k}={getattr(cfg.loss, k)} lies beyond the schedule's {T} timesteps; lower it to {most} at most")
     for c in concepts:
         check_name(pipe.tokenizer, c.token, c.class_noun)
         if cfg.data.masks and c.masks is None: c.masks = load_masks(cfg.data.masks, c.photos)
