@@ -684,6 +684,8 @@ def _check_concepts(pipe, concepts, cfg):
     T = pipe.scheduler.config.num_train_timesteps
     for k, most in (('t_min', T - 1), ('t_max', T)):
         if getattr(cfg.loss, k) > most: raise BoothError(f"loss.{k}={getattr(cfg.loss, k)} lies beyond the schedule's {T} timesteps; lower it to {most} at most")
+    will, are = [c.token for c in cfg.concepts] or [cfg.token], [c.token for c in concepts]
+    if cfg.train.token and set(will) != set(are): raise BoothError(f"train.token would train {', '.join(will)}, but the photos are of {', '.join(are)}; say token={are[0]}")
     for c in concepts:
         check_name(pipe.tokenizer, c.token, c.class_noun)
         if cfg.data.masks and c.masks is None: c.masks = load_masks(cfg.data.masks, c.photos)
