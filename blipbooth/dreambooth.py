@@ -22,6 +22,8 @@ from types import SimpleNamespace
 from typing import Any, Dict, List
 import torch
 import torch.nn.functional as F
+from torch.autograd.graph import _engine_run_backward
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from diffusers.models.activations import GEGLU
@@ -438,7 +440,8 @@ def remember_less(
 def _multiplied_in(x):
     "The precision in which a layer multiplies this input: autocast's, or its own."
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) else x.dtype
+    if kind == 'meta': return torch.mm(x.new_empty(0, 0), x.new_empty(0, 0)).dtype  # where `estimate` plays autocast
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 class _Lora(torch.autograd.Function):
     "Wx + c + s·BAx with frozen W and c."
@@ -453,8 +456,8 @@ class _Lora(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        (x, low, w, A, B), shape = ctx.saved_tensors, ctx.saved_tensors[0].shape
-        g, x = g.flatten(0, -2), x.flatten(0, -2)
+        x, low, w, A, B = ctx.saved_tensors
+        shape, g, x = x.shape, g.flatten(0, -2), x.flatten(0, -2)
         back, dx = g @ B.to(g.dtype), None
         if ctx.needs_input_grad[0]: dx = (g @ w.to(g.dtype)).addmm_(back, A.to(g.dtype), alpha=ctx.s).view(shape).to(ctx.dtype)
         return dx, None, None, (back.T @ x).to(A.dtype).mul_(ctx.s), (g.T @ low).to(B.dtype).mul_(ctx.s), None
@@ -739,9 +742,11 @@ def build_learner(
     own = [NaNGuard(), Progress(), Interrupts(), LetGo(*spare_parts(pipe, cfg)), *_halved(pipe, cfg), *([EMA(cfg.ema)] if cfg.ema else []), *([Track(config=_flat(cfg), logs=Path(out)/'logs' if out else None)] if cfg.trackers else [])]
     return Learner(net, data, loss, opt, cfg.steps, make_schedule(cfg, opt), [*own, *keep, *cbs], acc, cfg.batch_size, cfg.accumulate, cfg.clip)
 
+_HALF = dict(bf16=torch.bfloat16, fp16=torch.float16)
+
 def _halved(pipe, cfg):
     "In mixed precision: what keeps frozen weights as they are multiplied."
-    dtype = dict(bf16=torch.bfloat16, fp16=torch.float16).get(cfg.mixed_precision)
+    dtype = _HALF.get(cfg.mixed_precision)
     return [Halved(dtype, *(m for m in (pipe.unet, pipe.text_encoder) if m not in spare_parts(pipe, cfg)))] if dtype else []
 
 def _accelerator(pipe, cfg, out):
@@ -804,22 +809,44 @@ def _shadow(pipe, cfg):
                                vae=pipe.vae, tokenizer=pipe.tokenizer, vae_scale_factor=pipe.vae_scale_factor)
         net = choose_parts(twin, cfg)
     if cfg.gradient_checkpointing: _checkpointing(twin)
+    for h in _halved(twin, cfg): h.drop()
     return net.train(), twin
 
+# %% ../nbs/13_dreambooth.ipynb #fd25ba65
+_DOWN = {F.linear, F.conv2d, torch.mm, torch.bmm, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}
+
+class _Played(TorchFunctionMode):
+    "A GPU's autocast, played on the meta device."
+    def __init__(self, dtype): super().__init__(); self.dtype, self.kept = dtype, {}
+
+    def __torch_function__(self, f, types, args=(), kwargs=None):
+        to = self.dtype if f in _DOWN else torch.float32 if f in (F.group_norm, F.layer_norm) else None
+        if to is None: return f(*args, **(kwargs or {}))
+        return f(*(self.cast(x, to) for x in args), **{k: self.cast(x, to) for k, x in (kwargs or {}).items()})
+
+    def cast(self, x, to):
+        if not (torch.is_tensor(x) and x.is_floating_point() and x.dtype != to): return x
+        if not (x.is_leaf and x.requires_grad): return x.to(to)
+        if id(x) not in self.kept: self.kept[id(x)] = x.to(to)
+        return self.kept[id(x)]
+
+# %% ../nbs/13_dreambooth.ipynb #fd25ba66
 def _one_step(net, twin, cfg):
     "The peak of forward and backward, bytes; gradients are in it."
     n, side = cfg.batch_size*(1 + bool(cfg.prior.weight)), resolution(cfg, twin)//twin.vae_scale_factor
-    empty, alive, text = partial(torch.empty, device='meta'), _Alive(net), twin.text_encoder.config
-    with _fused_attention(), alive:
+    empty, alive, text, played = partial(torch.empty, device='meta'), _Alive(net), twin.text_encoder.config, _Played(_HALF.get(cfg.mixed_precision, torch.float32))
+    with _fused_attention(), alive, played:
         noisy, t, ids = empty(n, net.unet.config.in_channels, side, side), empty(n, dtype=torch.long), empty(n, text.max_position_embeddings, dtype=torch.long)
         context = empty(n, text.max_position_embeddings, text.hidden_size) if data_options(cfg)['context'] else None
-        (net(noisy, t, ids, context).float() - torch.empty_like(noisy)).pow(2).mean().backward()
+        loss = (net(noisy, t, ids, context).float() - torch.empty_like(noisy)).pow(2).mean()
+        played.kept.clear()  # as at the end of autocast
+        _engine_run_backward((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)  # `loss.backward` would end the play, and a checkpoint has to find it again
     return alive.peak
 
 # %% ../nbs/13_dreambooth.ipynb #c18eaeee
 @dataclass
 class Estimate:
-    "What a training takes; sizes in bytes, of float32 (half precision takes less)."
+    "What a training takes; sizes in bytes."
     parts:dict      # {part: (trainable, frozen)} numbers of parameters
     weights:int     # what stays in memory while it trains
     gradients:int   # one a trainable parameter
