@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LossLog', 'Progress', 'NaNGuard', 'save_checkpoint', 'whole', 'load_weights', 'load_checkpoint', 'Checkpoints',
-           'Interrupts', 'LetGo', 'everything', 'EMA', 'Prints', 'Best', 'check_trackers', 'same_run', 'Track',
-           'track_images', 'track_report', 'plot_losses', 'LivePlot']
+           'Interrupts', 'LetGo', 'Halved', 'everything', 'EMA', 'Prints', 'Best', 'check_trackers', 'same_run',
+           'Track', 'track_images', 'track_report', 'plot_losses', 'LivePlot']
 
 # %% ../nbs/12_callbacks.ipynb #346e3763
 import json, math, os, shutil, signal, tempfile, threading, time, warnings
@@ -152,9 +152,10 @@ def load_checkpoint(
     "Continue from a checkpoint: weights, optimizer, scheduler, loss scaler and step."
     load_weights(learn.model, folder)
     state, inner, own = load_json(Path(folder)/'state.json'), getattr(learn.opt, 'optimizer', learn.opt), dict(learn.model.named_parameters())
+    counts_there = any(g.get('fused') or g.get('capturable') for g in inner.param_groups)  # such an optimizer counts its steps where the weights are
     for key, v in load_file(Path(folder)/'optimizer.safetensors').items():
         k, _, n = key.partition('/')
-        inner.state[own[n]][k] = v if k == 'step' else v.to(own[n].device)
+        inner.state[own[n]][k] = v if k == 'step' and not counts_there else v.to(own[n].device)
     for g, lr in zip(inner.param_groups, state['lr'], strict=True): g['lr'] = lr
     if learn.sched: learn.sched.load_state_dict(state['sched'])
     if learn.accelerator.scaler and state.get('scaler'): learn.accelerator.scaler.load_state_dict(state['scaler'])
@@ -272,7 +273,8 @@ class Interrupts(Callback):
         self.got = sig
 
     def after_step(self):
-        self.got = int(max(self.learn.accelerator.gather(torch.tensor([self.got or 0], device=self.learn.accelerator.device)).tolist()))
+        acc = self.learn.accelerator
+        if acc.num_processes > 1: self.got = int(max(acc.gather(torch.tensor([self.got or 0], device=acc.device)).tolist()))
         if not self.got: return
         for c in self.learn.cbs:
             if isinstance(c, Checkpoints): c.after_fit()
@@ -290,7 +292,7 @@ class LetGo(Callback):
     ): self.ps, self.file = [p for m in parts for p in m.parameters()], None
 
     def restore(self):
-        self.file, self.like = tempfile.TemporaryFile(), [(p.shape, p.device) for p in self.ps]
+        self.file, self.like = tempfile.TemporaryFile(), [(p.shape, p.device, p.dtype) for p in self.ps]
         for p in self.ps: self.file.write(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         self.drop()
 
@@ -313,8 +315,21 @@ class LetGo(Callback):
 @patch
 def fetch(self:LetGo):
     self.file.seek(0)
-    for p, (shape, device) in zip(self.ps, self.like):
-        p.data = torch.frombuffer(bytearray(self.file.read(shape.numel()*p.element_size())), dtype=p.dtype).view(shape).to(device)
+    for p, (shape, device, dtype) in zip(self.ps, self.like):
+        p.data = torch.frombuffer(bytearray(self.file.read(shape.numel()*dtype.itemsize)), dtype=dtype).view(shape).to(device)
+
+# %% ../nbs/12_callbacks.ipynb #5b1f0a78
+class Halved(LetGo):
+    "Keeps the weights of frozen linear and convolutional layers in half precision, until training ends."
+    def __init__(self,
+        dtype,  # torch.bfloat16 or torch.float16
+        *parts, # modules
+    ):
+        layers = [m for part in parts for m in part.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
+        self.ps, self.file, self.dtype = [p for m in layers for p in m.parameters(recurse=False) if not p.requires_grad], None, dtype
+
+    def drop(self):
+        for p in self.ps: p.data = p.data.to(self.dtype)
 
 # %% ../nbs/12_callbacks.ipynb #52b99488
 @contextmanager

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['PRESETS', 'TrainConfig', 'PriorConfig', 'LossConfig', 'CheckpointConfig', 'PrintsConfig', 'DataConfig',
            'ConceptConfig', 'DreamBoothConfig', 'preset', 'config_fields', 'check_photos', 'load_concepts', 'Trained',
-           'choose_parts', 'FrozenConv2d', 'LeanGEGLU', 'FrozenGroupNorm', 'LeanSiLU', 'remember_less', 'token_rows',
-           'parameter_table', 'DreamBoothLoss', 'learning_rates', 'parameter_groups', 'lr_factor', 'make_optimizer',
-           'make_schedule', 'check_named', 'resolution', 'data_options', 'made_with', 'spare_parts', 'run_callbacks',
-           'build_learner', 'Estimate', 'estimate', 'open_run', 'merge_lora', 'export_pipeline']
+           'choose_parts', 'FrozenConv2d', 'LeanGEGLU', 'FrozenGroupNorm', 'LeanSiLU', 'remember_less', 'FusedLora',
+           'fuse_lora', 'token_rows', 'parameter_table', 'DreamBoothLoss', 'learning_rates', 'parameter_groups',
+           'lr_factor', 'make_optimizer', 'make_schedule', 'check_named', 'resolution', 'data_options', 'made_with',
+           'spare_parts', 'run_callbacks', 'build_learner', 'Estimate', 'estimate', 'open_run', 'merge_lora',
+           'export_pipeline']
 
 # %% ../nbs/13_dreambooth.ipynb #8c254960
-import dataclasses, json, math, warnings, weakref
+import dataclasses, json, math, re, warnings, weakref
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,13 +22,17 @@ from types import SimpleNamespace
 from typing import Any, Dict, List
 import torch
 import torch.nn.functional as F
+from torch.autograd.graph import _engine_run_backward
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from diffusers.models.activations import GEGLU
 from fastcore.basics import patch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from .callbacks import EMA, Checkpoints, Interrupts, LetGo, LossLog, NaNGuard, Prints, Progress, Track, check_trackers, load_weights
+from peft.tuners.lora import Linear as LoraLinear
+from yaml import YAMLError
+from .callbacks import EMA, Checkpoints, Halved, Interrupts, LetGo, LossLog, NaNGuard, Prints, Progress, Track, check_trackers, load_weights
 from .decoding import quiet_transformers
 from .concept import Concept, check_name, load_masks, training_set
 from .core import BoothError, atomic_dir, atomic_write, file_hash, nearest, stateless_seed
@@ -125,7 +130,7 @@ class DreamBoothConfig:
     "Everything a DreamBooth run is made from."
     preset:str = _f('', 'fast, faithful, low-memory, paper or original: other defaults')
     photos:str = _f('', 'folder with three to five photos of the subject')
-    min_photos:int = _f(2, 'fewest photos that are accepted; one photo teaches its background, too')
+    min_photos:int = _f(1, 'fewest photos that are accepted; a single one teaches its background, too, which is warned of')
     token:str = _f('sks', 'rare token that will mean the subject')
     class_noun:str = _f('', 'what the subject is, such as "fox"')
     out:str = _f('', 'run folder; empty: runs/CLASS_NOUN')
@@ -198,7 +203,7 @@ def _unknown(cfg, known, prefix=''):
     for k, v in cfg.items():
         if isinstance(v, dict) and prefix + str(k) not in known: yield from _unknown(v, known, f'{prefix}{k}.')
         elif prefix + str(k) not in known: yield prefix + str(k), known
-        elif prefix + str(k) == 'concepts': yield from (bad for c in v or () if isinstance(c, dict) for bad in _unknown(c, config_fields(ConceptConfig)))
+        elif prefix + str(k) == 'concepts': yield from (bad for c in (v if isinstance(v, list) else ()) if isinstance(c, dict) for bad in _unknown(c, config_fields(ConceptConfig)))
 
 def _merge(path, overrides):
     given = OmegaConf.create()
@@ -212,6 +217,16 @@ def _merge(path, overrides):
     return OmegaConf.to_container(OmegaConf.merge(*layers))
 
 # %% ../nbs/13_dreambooth.ipynb #17835b82
+_KINDS = {bool: ('true or false', 'true'), int: ('a whole number', '{}'), float: ('a number', '{}'), str: ('a text', '{!r}'), list: ('a list', '[a, b]'), dict: ('a set of names and values', '{{a: 1}}')}
+
+def _mistyped(e):
+    "What is wrong with a value of the wrong type, and how its key is written."
+    name, cls = re.sub(r'\[\d+\]$', '', e.full_key or ''), ConceptConfig if e.object_type is ConceptConfig else DreamBoothConfig
+    if name not in config_fields(cls): return f'config key {e.full_key!r}: {str(e).splitlines()[0]}'
+    default = config_fields(cls)[name][0]
+    what, example = _KINDS[type(default)]
+    return f"{name}={e.value!r} is not {what}; write it as, say, {name}={example.format(default)}"
+
 @patch(cls_method=True)
 def load(cls:DreamBoothConfig,
     path=None,  # a YAML file
@@ -219,20 +234,21 @@ def load(cls:DreamBoothConfig,
 ):              # the configuration, checked
     "Read a configuration from a file and from key=value overrides."
     try: given = _merge(path, overrides)
+    except YAMLError as e: raise BoothError(f"{path or 'the config'} is not YAML: {getattr(e, 'problem', e)}; put a text with brackets or a colon in quotes") from None
     except (OmegaConfBaseException, ValueError) as e: raise BoothError(f"{path or 'the config'} cannot be read: {str(e).splitlines()[0]}") from None
     for k, known in _unknown(given, config_fields()):
         near = nearest(k, known)
         raise BoothError(f"no config key {k!r}" + (f"; did you mean {near!r}?" if near else f"; the keys are {', '.join(known)}"))
     try: return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DreamBoothConfig), given)).check()
-    except OmegaConfBaseException as e:
-        raise BoothError(f"config key {e.full_key!r}: {str(e).splitlines()[0]}") from None
+    except OmegaConfBaseException as e: raise BoothError(_mistyped(e)) from None
+    except TypeError as e: raise BoothError(f"{path or 'the config'} cannot be read: {e}; optimizer_args and schedule_args are sets of names and values, such as optimizer_args.eps=1e-6") from None
 
 # %% ../nbs/13_dreambooth.ipynb #6bbaf7c3
 _LEAST = {'steps': 1, 'batch_size': 1, 'accumulate': 1, 'prior.n': 1, 'prior.weight': 0, 'prior.threshold': 0, 'prior.dedupe': 0, 'lr': 0, 'resolution': 0, 'checkpoint.every': 1, 'checkpoint.keep': 1,
-          'train.rank': 1, 'warmup': 0, 'clip': 0, 'min_snr': 0, 'train.unet_lr': 0, 'train.text_encoder_lr': 0, 'train.token_lr': 0, 'data.views': 1, 'data.colour': 0,
+          'train.rank': 1, 'min_photos': 1, 'weight_decay': 0, 'warmup': 0, 'clip': 0, 'min_snr': 0, 'train.unet_lr': 0, 'train.text_encoder_lr': 0, 'train.token_lr': 0, 'data.views': 1, 'data.colour': 0,
           'data.dropout': 0, 'data.background': 0, 'loss.huber': 1e-6, 'loss.noise_offset': 0, 'loss.input_perturbation': 0, 'loss.t_min': 0, 'loss.t_max': 0, 'loss.t_std': .01,
           'ema': 0, 'checkpoint.epochs': 0, 'checkpoint.minutes': 0, 'checkpoint.patience': 0, 'prints.every': 0, 'prints.steps': 1}
-_MOST = {'ema': .99999, 'prior.threshold': 1, 'prior.dedupe': 1, 'data.colour': 1, 'data.dropout': 1, 'data.background': 1}
+_MOST = {'train.rank': 1024, 'ema': .99999, 'prior.threshold': 1, 'prior.dedupe': 1, 'data.colour': 1, 'data.dropout': 1, 'data.background': 1}
 _CHOICES = {'train.unet': ('off', 'full', 'lora'), 'train.text_encoder': ('off', 'full', 'lora'), 'mixed_precision': ('no', 'fp16', 'bf16'),
             'fit': ('center-crop', 'random-crop', 'letterbox', 'stretch'), 'loss.kind': ('l2', 'huber'), 'loss.timesteps': ('uniform', 'logit-normal'), 'loss.weighting': ('none', 'debiased', 'p2'),
             'data.cache': ('memory', 'disk', 'off'), 'captions': ('captioner', 'sidecars', 'template'), 'checkpoint.best': ('', 'subject_fidelity', 'prompt_fidelity')}
@@ -269,9 +285,9 @@ def check_photos(
 ):
     "Refuse too few photos, or a batch that would hold one twice; warn of a single one."
     n = len(photos)
-    if n < cfg.min_photos: raise BoothError(f"{n} photo{'s'*(n > 1)} of the subject; {cfg.min_photos} to 5 are needed, add more (or say min_photos={n})")
+    if n < cfg.min_photos: raise BoothError(f"{n} photo{'s'*(n != 1)} of the subject; min_photos={cfg.min_photos} are needed, add more or lower it")
     if cfg.batch_size > n > 1: raise BoothError(f"batch_size={cfg.batch_size} is more than the {n} photos; lower it to {n} (accumulate={math.ceil(cfg.batch_size/n)} adds steps up instead)")
-    if n == 1: warnings.warn("one photo of the subject: its background will be learned with it; three to five in different places are better", stacklevel=2)
+    if n == 1: warnings.warn("one photo of the subject: its background will be learned with it; three to five in different places are better")
 
 # %% ../nbs/13_dreambooth.ipynb #6895feea
 @patch
@@ -337,6 +353,7 @@ def choose_parts(
                 part.add_adapter(LoraConfig(r=cfg.train.rank, lora_alpha=cfg.train.rank, init_lora_weights='gaussian', target_modules=_LORA[name]))
     if cfg.train.token and cfg.train.text_encoder != 'full': _open_rows(pipe, [c.token for c in cfg.concepts] or [cfg.token])
     remember_less(net.unet)
+    fuse_lora(net)
     return net
 
 # %% ../nbs/13_dreambooth.ipynb #879bd32b
@@ -367,8 +384,9 @@ class _Gate(torch.autograd.Function):
     "a·gelu(b) of [a, b] = x, or of [a, b] = Wx + c with frozen W and c; what follows from x is found again on the way back."
     @staticmethod
     def forward(ctx, x, *frozen):
-        ctx.save_for_backward(x, *frozen)
         ctx.dtype = x.dtype
+        if frozen and frozen[0].itemsize < x.itemsize: x = x.to(frozen[0].dtype)  # autocast is about to
+        ctx.save_for_backward(x, *frozen)
         a, b = (F.linear(x, *frozen) if frozen else x).chunk(2, -1)
         return a*F.gelu(b)
 
@@ -418,6 +436,53 @@ def remember_less(
     "Let frozen convolutions and norms, and gates, keep less for the backward pass; the gradients stay what they are."
     for m in net.modules(): m.__class__ = _LEAN.get(type(m), type(m))
 
+# %% ../nbs/13_dreambooth.ipynb #4d7a90e1
+def _multiplied_in(x):
+    "The precision in which a layer multiplies this input: autocast's, or its own."
+    kind = x.device.type
+    if kind == 'meta': return torch.mm(x.new_empty(0, 0), x.new_empty(0, 0)).dtype  # where `estimate` plays autocast
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+class _Lora(torch.autograd.Function):
+    "Wx + c + s·BAx with frozen W and c."
+    @staticmethod
+    def forward(ctx, x, w, c, A, B, s):
+        kind = _multiplied_in(x)
+        ctx.dtype, ctx.s, x = x.dtype, s, x.to(kind)
+        y, low = F.linear(x, w.to(kind), c if c is None else c.to(kind)), F.linear(x, A.to(kind)).flatten(0, -2)
+        ctx.save_for_backward(x, low, w, A, B)
+        y.view(-1, y.shape[-1]).addmm_(low, B.to(kind).T, alpha=s)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        x, low, w, A, B = ctx.saved_tensors
+        shape, g, x = x.shape, g.flatten(0, -2), x.flatten(0, -2)
+        back, dx = g @ B.to(g.dtype), None
+        if ctx.needs_input_grad[0]: dx = (g @ w.to(g.dtype)).addmm_(back, A.to(g.dtype), alpha=ctx.s).view(shape).to(ctx.dtype)
+        return dx, None, None, (back.T @ x).to(A.dtype).mul_(ctx.s), (g.T @ low).to(B.dtype).mul_(ctx.s), None
+
+# %% ../nbs/13_dreambooth.ipynb #4d7a90e2
+class FusedLora(LoraLinear):
+    "peft's LoRA layer in fewer passes, as long as it is a plain one."
+    def plain(self, name):
+        held, base = self.lora_dropout[name], self.base_layer
+        other = self.disable_adapters or self.merged or getattr(self, 'use_dora', {}).get(name) or getattr(self, 'lora_variant', {}).get(name) or self.lora_B[name].bias is not None
+        return not other and isinstance(held, torch.nn.Identity) and type(base) is torch.nn.Linear and not any(p.requires_grad for p in base.parameters())
+
+    def forward(self, x, *args, **kwargs):
+        names = self.active_adapters
+        if args or kwargs or len(names) != 1 or names[0] not in self.lora_A or not self.plain(names[0]): return super().forward(x, *args, **kwargs)
+        n, base = names[0], self.base_layer
+        return _Lora.apply(x, base.weight, base.bias, self.lora_A[n].weight, self.lora_B[n].weight, self.scaling[n])
+
+def fuse_lora(
+    net, # a module; its LoRA layers change their class, not their weights
+):
+    "Let peft's plain LoRA layers work in fewer passes."
+    for m in net.modules():
+        if type(m) is LoraLinear: m.__class__ = FusedLora
+
 # %% ../nbs/13_dreambooth.ipynb #c66f2349
 def token_rows(
     pipe,  # StableDiffusionPipeline
@@ -429,7 +494,7 @@ def token_rows(
 def _open_rows(pipe, tokens):
     "Let the rare tokens' rows of the embedding table learn, and no other."
     w = pipe.text_encoder.get_input_embeddings().weight
-    mask = torch.zeros(len(w), 1)
+    mask = torch.zeros(len(w), 1, device=w.device)
     for t in tokens: mask[token_rows(pipe, t)] = 1
     w.requires_grad_(True)
     w.register_hook(lambda g: g*mask.to(g))
@@ -452,7 +517,7 @@ class DreamBoothLoss:
         cfg,  # gives prior.weight, min_snr, loss.* and data.background
     ):
         c = pipe.scheduler.config
-        self.scheduler, self.kind, self.scale = pipe.scheduler, c.prediction_type, pipe.vae.config.scaling_factor
+        self.mix, self.kind, self.scale = alpha_sigma(pipe.scheduler, torch.arange(c.num_train_timesteps)), c.prediction_type, pipe.vae.config.scaling_factor
         self.weight, self.gamma, self.cfg, self.background = cfg.prior.weight, cfg.min_snr, cfg.loss, cfg.data.background
         self.low, self.high = cfg.loss.t_min, min(c.num_train_timesteps, cfg.loss.t_max or c.num_train_timesteps)
 
@@ -477,7 +542,8 @@ def each(self:DreamBoothLoss,
     x, noise, t = b['latents']*self.scale, b['noise'], self.times(b['t'])
     if self.cfg.noise_offset: noise = noise + self.cfg.noise_offset*b['offset']
     seen = noise + self.cfg.input_perturbation*b['perturb'] if self.cfg.input_perturbation else noise
-    a, s = (v.to(x) for v in alpha_sigma(self.scheduler, t))
+    self.mix = tuple(v.to(x) for v in self.mix)  # the tables of α and σ are sent to a GPU once
+    a, s = (v[t] for v in self.mix)
     pred = net(add_noise(x, seen, a, s), t, b['ids'], b.get('context')).float()
     error = self.error(pred, target(self.kind, x, noise, a, s)).flatten(2)
     if 'mask' not in b: each = error.flatten(1).mean(1)
@@ -551,6 +617,7 @@ def make_optimizer(
 ):          # torch.optim.Optimizer
     "The configured optimizer; torch's Adam and AdamW take all parameters in one pass (`fused`), unless told how."
     cls, said = _named('optimizer', cfg.optimizer, 'torch.optim.AdamW'), dict(cfg.optimizer_args)
+    for k in {'lr', 'weight_decay', 'params'} & set(said): raise BoothError(f"optimizer_args.{k}={said[k]} would not be heard; " + ('leave it out' if k == 'params' else f'say {k}={said[k]}'))
     if cls in (torch.optim.Adam, torch.optim.AdamW) and not {'fused', 'foreach', 'differentiable'} & set(said): said['fused'] = True
     return _made(cfg.optimizer, cls, groups, dict(lr=groups[0]['lr'], **said), 'optimizer_args')
 
@@ -563,13 +630,21 @@ def make_schedule(
     return _made(cfg.schedule, _named('schedule', cfg.schedule, 'torch.optim.lr_scheduler.StepLR'), opt, cfg.schedule_args, 'schedule_args')
 
 # %% ../nbs/13_dreambooth.ipynb #546b399b
+def _try_out(cfg, device):
+    "A step of the configured optimizer and schedule, on a number that nobody needs."
+    p = torch.nn.Parameter(torch.ones(1, device=device or 'cpu'))
+    opt = make_optimizer(cfg, [dict(params=[p], lr=cfg.lr or 1e-5)])
+    sched, p.grad = make_schedule(cfg, opt), torch.ones_like(p)
+    try: opt.step(); sched.step()
+    except (TypeError, ValueError, RuntimeError) as e: raise BoothError(f"optimizer={cfg.optimizer} with schedule={cfg.schedule} cannot take a step ({str(e).splitlines()[0]}); check optimizer_args={dict(cfg.optimizer_args)} and schedule_args={dict(cfg.schedule_args)}") from None
+
 def check_named(
     cfg,         # DreamBoothConfig
     device=None, # where it will train; None: that is not looked at
 ):
     "Refuse an optimizer, a schedule or a tracker that cannot be had, arguments they do not take, and numbers the device cannot train with."
     check_trackers(cfg.trackers)
-    make_schedule(cfg, make_optimizer(cfg, [dict(params=[torch.nn.Parameter(torch.zeros(1))], lr=cfg.lr)]))
+    _try_out(cfg, device)
     if cfg.mixed_precision == 'fp16' and device and torch.device(device).type == 'cpu': raise BoothError("mixed_precision=fp16 needs a GPU; on a CPU use bf16 or no")
 
 # %% ../nbs/13_dreambooth.ipynb #4365ded4
@@ -609,6 +684,11 @@ def _check_concepts(pipe, concepts, cfg):
     "Names the model can learn, enough photos, masks where they are asked for."
     check_named(cfg, pipe.device)
     check_photos(cfg, [p for c in concepts for p in c.photos])
+    T = pipe.scheduler.config.num_train_timesteps
+    for k, most in (('t_min', T - 1), ('t_max', T)):
+        if getattr(cfg.loss, k) > most: raise BoothError(f"loss.{k}={getattr(cfg.loss, k)} lies beyond the schedule's {T} timesteps; lower it to {most} at most")
+    will, are = [c.token for c in cfg.concepts] or [cfg.token], [c.token for c in concepts]
+    if cfg.train.token and set(will) != set(are): raise BoothError(f"train.token would train {', '.join(will)}, but the photos are of {', '.join(are)}; say token={are[0]}")
     for c in concepts:
         check_name(pipe.tokenizer, c.token, c.class_noun)
         if cfg.data.masks and c.masks is None: c.masks = load_masks(cfg.data.masks, c.photos)
@@ -659,8 +739,15 @@ def build_learner(
     if cfg.gradient_checkpointing: _checkpointing(pipe)
     opt = make_optimizer(cfg, parameter_groups(net, cfg, pipe))
     keep = run_callbacks(pipe, concepts, cfg, out, resume, anyway, acc.num_processes) if out else []
-    own = [NaNGuard(), Progress(), Interrupts(), LetGo(*spare_parts(pipe, cfg)), *([EMA(cfg.ema)] if cfg.ema else []), *([Track(config=_flat(cfg), logs=Path(out)/'logs' if out else None)] if cfg.trackers else [])]
+    own = [NaNGuard(), Progress(), Interrupts(), LetGo(*spare_parts(pipe, cfg)), *_halved(pipe, cfg), *([EMA(cfg.ema)] if cfg.ema else []), *([Track(config=_flat(cfg), logs=Path(out)/'logs' if out else None)] if cfg.trackers else [])]
     return Learner(net, data, loss, opt, cfg.steps, make_schedule(cfg, opt), [*own, *keep, *cbs], acc, cfg.batch_size, cfg.accumulate, cfg.clip)
+
+_HALF = dict(bf16=torch.bfloat16, fp16=torch.float16)
+
+def _halved(pipe, cfg):
+    "In mixed precision: what keeps frozen weights as they are multiplied."
+    dtype = _HALF.get(cfg.mixed_precision)
+    return [Halved(dtype, *(m for m in (pipe.unet, pipe.text_encoder) if m not in spare_parts(pipe, cfg)))] if dtype else []
 
 def _accelerator(pipe, cfg, out):
     "An Accelerator; accelerate keeps the precision of the first one in a process, and a notebook may train in another next."
@@ -722,22 +809,44 @@ def _shadow(pipe, cfg):
                                vae=pipe.vae, tokenizer=pipe.tokenizer, vae_scale_factor=pipe.vae_scale_factor)
         net = choose_parts(twin, cfg)
     if cfg.gradient_checkpointing: _checkpointing(twin)
+    for h in _halved(twin, cfg): h.drop()
     return net.train(), twin
 
+# %% ../nbs/13_dreambooth.ipynb #fd25ba65
+_DOWN = {F.linear, F.conv2d, torch.mm, torch.bmm, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}
+
+class _Played(TorchFunctionMode):
+    "A GPU's autocast, played on the meta device."
+    def __init__(self, dtype): super().__init__(); self.dtype, self.kept = dtype, {}
+
+    def __torch_function__(self, f, types, args=(), kwargs=None):
+        to = self.dtype if f in _DOWN else torch.float32 if f in (F.group_norm, F.layer_norm) else None
+        if to is None: return f(*args, **(kwargs or {}))
+        return f(*(self.cast(x, to) for x in args), **{k: self.cast(x, to) for k, x in (kwargs or {}).items()})
+
+    def cast(self, x, to):
+        if not (torch.is_tensor(x) and x.is_floating_point() and x.dtype != to): return x
+        if not (x.is_leaf and x.requires_grad): return x.to(to)
+        if id(x) not in self.kept: self.kept[id(x)] = x.to(to)
+        return self.kept[id(x)]
+
+# %% ../nbs/13_dreambooth.ipynb #fd25ba66
 def _one_step(net, twin, cfg):
     "The peak of forward and backward, bytes; gradients are in it."
     n, side = cfg.batch_size*(1 + bool(cfg.prior.weight)), resolution(cfg, twin)//twin.vae_scale_factor
-    empty, alive, text = partial(torch.empty, device='meta'), _Alive(net), twin.text_encoder.config
-    with _fused_attention(), alive:
+    empty, alive, text, played = partial(torch.empty, device='meta'), _Alive(net), twin.text_encoder.config, _Played(_HALF.get(cfg.mixed_precision, torch.float32))
+    with _fused_attention(), alive, played:
         noisy, t, ids = empty(n, net.unet.config.in_channels, side, side), empty(n, dtype=torch.long), empty(n, text.max_position_embeddings, dtype=torch.long)
         context = empty(n, text.max_position_embeddings, text.hidden_size) if data_options(cfg)['context'] else None
-        (net(noisy, t, ids, context).float() - torch.empty_like(noisy)).pow(2).mean().backward()
+        loss = (net(noisy, t, ids, context).float() - torch.empty_like(noisy)).pow(2).mean()
+        played.kept.clear()  # as at the end of autocast
+        _engine_run_backward((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)  # `loss.backward` would end the play, and a checkpoint has to find it again
     return alive.peak
 
 # %% ../nbs/13_dreambooth.ipynb #c18eaeee
 @dataclass
 class Estimate:
-    "What a training takes; sizes in bytes, of float32 (half precision takes less)."
+    "What a training takes; sizes in bytes."
     parts:dict      # {part: (trainable, frozen)} numbers of parameters
     weights:int     # what stays in memory while it trains
     gradients:int   # one a trainable parameter

@@ -69,6 +69,11 @@ def fit(self:Learner):
     return self
 
 # %% ../nbs/11_learner.ipynb #ac6bc5fc
+def _sent(x, device):
+    "A tensor on a device, and anything else as it is."
+    if not torch.is_tensor(x): return x
+    return x.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' and x.device.type == 'cpu' else x.to(device)
+
 @patch
 def one_step(self:Learner):
     "Forward and backward over the micro-batches, then one step of the optimizer; returns the mean losses."
@@ -76,14 +81,14 @@ def one_step(self:Learner):
     self.opt.zero_grad(set_to_none=True)
     for m in range(self.accumulate):
         turn = (self.step*self.accumulate + m)*acc.num_processes + acc.process_index
-        self.batch = {k: v.to(acc.device) if torch.is_tensor(v) else v for k, v in self.data.batch(turn*self.batch_size, self.batch_size).items()}
+        self.batch = {k: _sent(v, acc.device) for k, v in self.data.batch(turn*self.batch_size, self.batch_size).items()}
         with acc.no_sync(self.net) if m < self.accumulate - 1 else nullcontext():
             with acc.autocast(): self.loss = self.loss_fn(self.net, self.batch)
             acc.backward(self.loss['loss']/self.accumulate)
         for k, v in self.loss.items(): total[k] = total.get(k, 0) + v.detach().float()/self.accumulate
-    self.losses = {k: acc.reduce(v, 'mean').item() for k, v in total.items()}
-    self('after_loss')
     if self.clip: self.grad_norm = acc.clip_grad_norm_(self.params, self.clip)
+    self.losses = dict(zip(total, acc.reduce(torch.stack([*total.values()]), 'mean').tolist()))
+    self('after_loss')
     self('after_backward')
     self.opt.step()
     if self.sched: self.sched.step()
