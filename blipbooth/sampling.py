@@ -7,7 +7,7 @@ __all__ = ['load_pipeline', 'tune', 'schedulers', 'make_scheduler', 'parse_weigh
            'denoise', 'decode', 'fingerprint', 'sample', 'Preview', 'live', 'save_print', 'read_recipe', 'sweep']
 
 # %% ../nbs/08_sampling.ipynb #47ced644
-import dataclasses, inspect, io, itertools, json, math, numbers, re, sys
+import dataclasses, inspect, io, itertools, json, math, numbers, re, sys, warnings
 from collections import namedtuple
 from contextlib import contextmanager
 from functools import cached_property
@@ -70,12 +70,14 @@ def tune(
     compile:bool=False, # compile the UNet: a wait at the first print, faster afterwards
     channels_last:bool=False, # the memory order that GPUs convolve fastest in
     tiling:bool=False, # decode large pictures tile by tile, for less memory
+    graph:bool=True, # on CUDA, record the UNet's kernels once a print and replay them?
 ): # the pipeline
     "Set a pipeline up for speed or for little memory."
     if channels_last:
         for part in (pipe.unet, pipe.vae): part.to(memory_format=torch.channels_last)
     if tiling: pipe.vae.enable_tiling()
     if compile: pipe.unet.compile()
+    vars(pipe.unet)['may_record'] = graph
     return pipe
 
 # %% ../nbs/08_sampling.ipynb #1bd141f0
@@ -270,11 +272,12 @@ def _remembering(forward, most=4):
         return known[id(x)][1]
     return remembered
 
+def _compiled(unet): return hasattr(unet, '_orig_mod') or getattr(unet, '_compiled_call_impl', None) is not None
+
 @contextmanager
 def _text_once(unet):
     "While it lasts, the UNet makes keys and values of a text once."
-    compiled = hasattr(unet, '_orig_mod') or getattr(unet, '_compiled_call_impl', None)
-    cross = [] if compiled else [o for name, o in unet.named_modules() if name.endswith('attn2') and o.is_cross_attention]
+    cross = [] if _compiled(unet) else [o for name, o in unet.named_modules() if name.endswith('attn2') and o.is_cross_attention]
     layers = [p for o in cross for p in (o.to_k, o.to_v)]
     if cross and unet.config.addition_embed_type == 'text': layers.append(unet.add_embedding)
     was = [vars(o).get('forward') for o in layers]
@@ -285,6 +288,65 @@ def _text_once(unet):
         for o, f in zip(layers, was):
             del o.forward
             if f: o.forward = f
+
+# %% ../nbs/08_sampling.ipynb #117a3e71
+class _Still:
+    "A function of tensors that runs over the same memory each time."
+    def __init__(self, f, inputs, record):
+        self.held = [o.clone() for o in inputs]
+        def run(): self.out = f(*self.held)
+        self.again = record(run)
+    def __call__(self, *inputs):
+        for held, new in zip(self.held, inputs, strict=True): held.copy_(new)
+        self.again()
+        return self.out.clone() # schedulers keep earlier answers, and the next run overwrites `out`
+
+def _cuda_graph(run):
+    "What does on the GPU again what `run` does once."
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, capture_error_mode='thread_local'): run() # the outer one puts the stream back if recording fails
+    return graph.replay
+
+# %% ../nbs/08_sampling.ipynb #39ceb330
+class _Replayed:
+    "A UNet's forward that is recorded at its second call with a text, and replayed from then on."
+    def __init__(self, forward, record): self.forward, self.record, self.known = forward, record, {}
+    def __call__(self, x, t, encoder_hidden_states, return_dict=True, **kwargs):
+        plain = lambda x, t: self.forward(x, t, encoder_hidden_states=encoder_hidden_states, return_dict=False, **kwargs)[0]
+        key = x.shape, id(encoder_hidden_states)
+        if return_dict or kwargs or self.record is None: return self.forward(x, t, encoder_hidden_states=encoder_hidden_states, return_dict=return_dict, **kwargs)
+        if key in self.known:
+            if not self.known[key][1]: self.known[key] = encoder_hidden_states, self.recorded(plain, x, t)
+            return self.known[key][1](x, t),
+        if len(self.known) < 4: self.known[key] = encoder_hidden_states, None # the text is kept as well, so that its id stays its own
+        return plain(x, t),
+    def recorded(self, plain, *inputs):
+        "`plain` over the same memory, or itself where that cannot be recorded."
+        try: return _Still(plain, inputs, self.record)
+        except RuntimeError as e: why, self.record = str(e).splitlines()[0], None
+        warnings.warn(f"printing without a CUDA graph: {why}")
+        return plain
+
+# %% ../nbs/08_sampling.ipynb #7f2dab83
+def _recordable(unet, x):
+    "Whether the UNet's forward on tensors like `x` may be recorded."
+    if x.device.type != 'cuda' or x.device.index != torch.cuda.current_device() or torch.is_grad_enabled(): return False
+    return getattr(unet, 'may_record', True) and not _compiled(unet) and not _listened(unet)
+
+def _listened(unet):
+    "Whether somebody watches the UNet's layers."
+    if any(o._forward_hooks or o._forward_pre_hooks or 'forward' in vars(o) or hasattr(o, '_hf_hook') for o in unet.modules()): return True
+    return any(type(o).__module__.split('.')[0] != 'diffusers' for o in unet.attn_processors.values())
+
+@contextmanager
+def _replaying(unet, x):
+    "While it lasts, the UNet's forward is replayed where it can be."
+    if not _recordable(unet, x):
+        yield
+        return
+    unet.forward = _Replayed(unet.forward, _cuda_graph)
+    try: yield
+    finally: del unet.forward
 
 # %% ../nbs/08_sampling.ipynb #4e1104c2
 def _skipped(scheduler, steps, strength):
@@ -322,15 +384,15 @@ def denoise(
 ): # clean latents (b, c, h, w)
     "From noise to clean latents."
     scheduler, guidance = scheduler or make_scheduler(pipe), guidance if isinstance(guidance, Guidance) else Guidance(guidance)
-    scheduler.set_timesteps(steps, device=noise.device)
+    scheduler.set_timesteps(steps)
     extra = dict(generator=generators) if 'generator' in inspect.signature(scheduler.step).parameters else {}
     whole, skipped, before = len(scheduler.timesteps), 0 if known is None else _skipped(scheduler, steps, strength), None
     x, timesteps = _begin(scheduler, noise, skipped, known, mask)
     texts, clean = _Texts(texts), guidance.how == 'apg' or getattr(callback, 'clean', False)
-    with _text_once(pipe.unet):
-        for i, t in enumerate(timesteps):
+    with _replaying(pipe.unet, noise), _text_once(pipe.unet):
+        for i, (t, there) in enumerate(zip(timesteps, timesteps.to(noise.device))):
             seen, scale = scheduler.scale_model_input(x, t), _scale(scheduler, t) if clean else None
-            answer, before = predict(pipe, seen, t, texts, guidance, guidance.at(i+skipped, whole), before, scale, **kwargs)
+            answer, before = predict(pipe, seen, there, texts, guidance, guidance.at(i+skipped, whole), before, scale, **kwargs)
             x = scheduler.step(answer, t, x, **extra, return_dict=False)[0]
             x = _hold(scheduler, x, noise, known, mask, timesteps[i+1:i+2])
             if callback: callback(i+1, len(timesteps), _shown(callback, x, seen, answer, scale, i+1 == len(timesteps)))
@@ -358,7 +420,13 @@ def decode(
     x = pipe.vae.decode(latents/pipe.vae.config.scaling_factor, return_dict=False)[0]
     x, refused = pipe.run_safety_checker(x, x.device, x.dtype)
     fine = None if refused is None else [not o for o in refused]
-    return pipe.image_processor.postprocess(x, output_type='pil', do_denormalize=fine)
+    x = pipe.image_processor.postprocess(x, output_type='pt', do_denormalize=fine)
+    if not x.isfinite().all(): raise _overflow(x.dtype)
+    return [Image.fromarray(o) for o in (x.float()*255).round().byte().permute(0, 2, 3, 1).cpu().numpy()]
+
+def _overflow(dtype):
+    dtype = str(dtype).removeprefix('torch.')
+    return BoothError(f"a print has pixels that are no numbers, computed in {dtype}; print with dtype='{'bfloat16' if dtype == 'float16' else 'float32'}' or with less guidance, and if that is no help get the model again")
 
 # %% ../nbs/08_sampling.ipynb #7cf7186c
 def _each(x, prompts, name):
@@ -486,7 +554,7 @@ def _latent_shape(pipe, size):
 def _batch_size(pipe, size):
     "How many images of this height and width go through the UNet at once."
     _, h, w = _latent_shape(pipe, size)
-    return max(1, min(32, 4*64*64 // (h*w)))
+    return max(1, min(32, (8 if pipe._execution_device.type == 'cuda' else 4)*64*64 // (h*w)))
 
 def _cut(jobs, batch):
     "Jobs in batches."
@@ -531,7 +599,7 @@ def _print_batch(pipe, jobs, embeds, k, size, guidance, return_latents, **kwargs
 
 # %% ../nbs/08_sampling.ipynb #17bc32b8
 def _out_of_memory(e):
-    return isinstance(e, torch.OutOfMemoryError) or 'out of memory' in str(e) or "can't allocate memory" in str(e)
+    return isinstance(e, torch.OutOfMemoryError) or any(o in str(e) for o in ('out of memory', "can't allocate memory", 'ALLOC_FAILED'))
 
 def _tried(f):
     "What `f()` returns, or None where the memory was too small for it."
@@ -573,9 +641,17 @@ def fingerprint(
     pipe, # StableDiffusionPipeline
 )->str: # 16 hexadecimal digits
     "A hash of the weights and the noise schedule, which decide what a pipeline draws."
-    schedule = {k: v for k, v in dict(pipe.scheduler.config).items() if k[0] != '_'}
-    named = ((f'{part}.{name}', p) for part in ('unet', 'text_encoder', 'vae') for name, p in getattr(pipe, part).named_parameters())
-    return weights_hash(named, json.dumps(schedule, sort_keys=True, default=str))
+    schedule = json.dumps({k: v for k, v in dict(pipe.scheduler.config).items() if k[0] != '_'}, sort_keys=True, default=str)
+    named = [(f'{part}.{name}', p) for part in ('unet', 'text_encoder', 'vae') for name, p in getattr(pipe, part).named_parameters()]
+    seen = schedule, _glance(named)
+    if vars(pipe).get('_glanced', (None,))[0] != seen: vars(pipe)['_glanced'] = seen, weights_hash(named, schedule)
+    return vars(pipe)['_glanced'][1]
+
+def _glance(named):
+    "What changes when any of the weights does."
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    with torch.no_grad(): sums = torch.stack([p.detach().view(whole[p.element_size()]).sum() for _, p in named]).tolist() # one wait for a GPU, not one a tensor
+    return [(name, p.dtype, tuple(p.shape), p.data_ptr(), 0 if p.is_inference() else p._version, s) for (name, p), s in zip(named, sums)]
 
 # %% ../nbs/08_sampling.ipynb #840426fd
 def _recipe(job, guidance, scheduler, **shared):
