@@ -524,7 +524,7 @@ def _known(pipe, jobs, size):
     if jobs[0].init is None: return None, None
     where, dists = dict(device=pipe._execution_device, dtype=pipe.vae.dtype), {}
     for o in jobs:
-        if id(o.init) not in dists: dists[id(o.init)] = pipe.vae.encode(to_tensor([o.init], size).to(**where)).latent_dist
+        if id(o.init) not in dists: dists[id(o.init)] = pipe.vae.encode(to_tensor([o.init], size).to(**where, memory_format=torch.channels_last)).latent_dist # as diffusers lays it
     draws = [dists[id(o.init)].sample(generator('sample init', o.seed, o.index)) for o in jobs]
     known = torch.cat(draws)*pipe.vae.config.scaling_factor
     return known, None if jobs[0].mask is None else torch.cat([_mask(o.mask, size, known.shape[-2:]) for o in jobs]).to(known)
