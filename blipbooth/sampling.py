@@ -82,16 +82,18 @@ def tune(
 
 # %% ../nbs/08_sampling.ipynb #1bd141f0
 _schedulers = {
-    'ddim': ('DDIMScheduler', dict(clip_sample=False)),
-    'pndm': ('PNDMScheduler', dict(skip_prk_steps=True)),
+    'ddim': ('DDIMScheduler', {}),
+    'pndm': ('PNDMScheduler', {}),
     'euler': ('EulerDiscreteScheduler', {}),
     'euler-a': ('EulerAncestralDiscreteScheduler', {}),
     'dpm++2m': ('DPMSolverMultistepScheduler', dict(algorithm_type='dpmsolver++', solver_order=2, use_karras_sigmas=False)),
     'dpm++2m-karras': ('DPMSolverMultistepScheduler', dict(algorithm_type='dpmsolver++', solver_order=2, use_karras_sigmas=True)),
     'unipc': ('UniPCMultistepScheduler', {}),
-    'ddpm': ('DDPMScheduler', dict(clip_sample=False)),
+    'ddpm': ('DDPMScheduler', {}),
     'lcm': ('LCMScheduler', {}),
 }
+
+_usual = dict(clip_sample=False, skip_prk_steps=True) # for latents, where the pipeline's own settings say nothing
 
 def schedulers()->list: # names for `scheduler=`
     "The schedulers that can be asked for by name."
@@ -108,8 +110,9 @@ def make_scheduler(
     if not isinstance(name, str) or name not in _schedulers:
         near = nearest(str(name).lower(), _schedulers)
         raise BoothError(f"no scheduler {name!r}; {f'did you mean {near!r}? ' if near else ''}the choices are: {', '.join(_schedulers)}")
-    kind, settings = _schedulers[name]
-    return getattr(diffusers, kind).from_config(pipe.scheduler.config, **settings)
+    kind, settings = getattr(diffusers, _schedulers[name][0]), _schedulers[name][1]
+    usual = {k: v for k, v in _usual.items() if k in inspect.signature(kind).parameters and k not in pipe.scheduler.config}
+    return kind.from_config(pipe.scheduler.config, **usual, **settings)
 
 # %% ../nbs/08_sampling.ipynb #3d840e1d
 _marks = re.compile(r'\\[()]|[()]|:\s*([+-]?\d*\.?\d+)\s*\)')
@@ -169,7 +172,7 @@ def _check_prompts(pipe, prompts, empty=False, long=False):
     for o in dict.fromkeys(prompts):
         count = len(_tokens(pipe, o)[0])
         if count > limit and not long:
-            raise BoothError(f"the prompt {o!r} is {count} tokens; the limit is {limit}, shorten it by {count-limit} or read it in pieces with long=True")
+            raise BoothError(f"the prompt {o if len(o) < 80 else o[:76] + ' …'!r} is {count} tokens; the limit is {limit}, shorten it by {count-limit} or read it in pieces with long=True")
 
 # %% ../nbs/08_sampling.ipynb #63c8dfc9
 def encode_prompts(
@@ -467,7 +470,7 @@ def _check_size(pipe, size):
     "Height and width in pixels; the size that the model was trained for if `size` is None."
     factor, own = pipe.vae_scale_factor, pipe.unet.config.sample_size
     if size is None: size = [o*factor for o in ((own, own) if isinstance(own, int) else own)]
-    unit, pair = factor * 2**(len(pipe.unet.config.block_out_channels)-1), tuple(size) if hasattr(size, '__len__') else (size, size)
+    unit, pair = math.lcm(8, factor), tuple(size) if hasattr(size, '__len__') else (size, size)
     if len(pair) != 2 or not all(isinstance(o, numbers.Integral) for o in pair): raise BoothError(f"size is {size!r}; it must be one whole number, or (height, width), in multiples of {unit}")
     h, w = pair
     if any(o < unit or o % unit for o in (h, w)):
@@ -478,8 +481,8 @@ def _check_size(pipe, size):
 def _check_steps(scheduler, steps, strength=None):
     "How many stops the scheduler makes of `steps`, or of the share of them that `strength` leaves."
     limit = scheduler.config.num_train_timesteps
-    if type(scheduler).__name__ == 'LCMScheduler': limit = min(limit, scheduler.config.original_inference_steps)
-    if not isinstance(steps, numbers.Integral) or not 1 <= steps <= limit: raise BoothError(f"steps is {steps}; {type(scheduler).__name__} takes 1 to {limit}, 20 to 50 is usual")
+    if few := type(scheduler).__name__ == 'LCMScheduler': limit = min(limit, scheduler.config.original_inference_steps)
+    if not isinstance(steps, numbers.Integral) or not 1 <= steps <= limit: raise BoothError(f"steps is {steps}; {type(scheduler).__name__} takes 1 to {limit}, {'4 to 8' if few else '20 to 50'} is usual")
     scheduler.set_timesteps(steps)
     return len(scheduler.timesteps) - (0 if strength is None else _skipped(scheduler, steps, strength))
 
@@ -545,6 +548,14 @@ def _inference(pipe):
         with torch.no_grad(): yield
     finally:
         for m, mode in was: m.training = mode
+
+@contextmanager
+def _tiled(vae, tiling=None):
+    "While it lasts, the VAE works tile by tile, or does not; None leaves it as it is."
+    was = getattr(vae, 'use_tiling', False)
+    vae.use_tiling = was if tiling is None else bool(tiling)
+    try: yield vae.use_tiling
+    finally: vae.use_tiling = was
 
 # %% ../nbs/08_sampling.ipynb #f571d9f3
 def _latent_shape(pipe, size):
@@ -641,7 +652,7 @@ def fingerprint(
     pipe, # StableDiffusionPipeline
 )->str: # 16 hexadecimal digits
     "A hash of the weights and the noise schedule, which decide what a pipeline draws."
-    schedule = json.dumps({k: v for k, v in dict(pipe.scheduler.config).items() if k[0] != '_'}, sort_keys=True, default=str)
+    schedule = json.dumps({k: v for k, v in dict(pipe.scheduler.config).items() if k[0] != '_' or k == '_class_name'}, sort_keys=True, default=str)
     named = [(f'{part}.{name}', p) for part in ('unet', 'text_encoder', 'vae') for name, p in getattr(pipe, part).named_parameters()]
     seen = schedule, _glance(named)
     if vars(pipe).get('_glanced', (None,))[0] != seen: vars(pipe)['_glanced'] = seen, weights_hash(named, schedule)
@@ -704,6 +715,7 @@ def sample(
     subject:str=None, # what `{subject}` stands for, such as "sks dog"
     long:bool=False, # read prompts beyond the token limit in pieces?
     restore_mean:bool=False, # after weighing words, scale a prompt to the mean it had?
+    tiling:bool=None, # decode tile by tile? None as the pipeline is set, see `tune`
     index:int=0, # number of the first image
     model:str=None, # fingerprint that the model must have
 ): # PIL images with their recipes in `.info`: all of the first prompt, then all of the second …
@@ -717,10 +729,10 @@ def sample(
     size, own = _check_size(pipe, size), _own_scheduler(pipe, scheduler)
     each = _check_steps(own, steps, strength)
     if model or not return_latents: model = _check_model(pipe, model)
-    prints = _print(pipe, jobs, batch or _batch_size(pipe, size), callback, long, restore_mean, each, return_latents=return_latents,
+    with _tiled(pipe.vae, tiling) as tiling: prints = _print(pipe, jobs, batch or _batch_size(pipe, size), callback, long, restore_mean, each, return_latents=return_latents,
         size=size, guidance=guidance, scheduler=own, steps=steps, strength=strength or 1.)
     if return_latents: return prints
-    return _signed(prints, jobs, guidance, scheduler, steps=steps, size=list(size), strength=strength, model=model, long=long, restore_mean=restore_mean)
+    return _signed(prints, jobs, guidance, scheduler, tiling=tiling, steps=steps, size=list(size), strength=strength, model=model, long=long, restore_mean=restore_mean)
 
 # %% ../nbs/08_sampling.ipynb #a0c8ae6f
 def _jobs(pipe, prompt, negative, subject, seed, n, index, guidance, init, mask, long):
