@@ -298,7 +298,10 @@ def _check(pipe, n, seed, prompts, threshold, dedupe, batch, tries, how):
     _check_choice(threshold, dedupe)
     for k in how: _check_name('option for class images', k, _options)
     _check_prompts(pipe, [fill(o) for o in prompts], long=how.get('long', False))
-    _guidance(how['guidance'], how.get('interval'), how.get('rescale', 0.))
+    if not isinstance(how.get('negative') or '', str): raise BoothError(f"negative is {how['negative']!r}; give one text for all class images")
+    _check_prompts(pipe, [fill(how.get('negative') or '')], empty=True, long=how.get('long', False))
+    g = _guidance(how['guidance'], how.get('interval'), how.get('rescale', 0.)).g
+    if isinstance(g, (list, tuple)): raise BoothError(f"guidance is {g}; give one number for all class images")
     _check_steps(_own_scheduler(pipe, how.get('scheduler')), how['steps'])
     _check_size(pipe, how.get('size'))
 

@@ -7,7 +7,7 @@ __all__ = ['load_pipeline', 'tune', 'schedulers', 'make_scheduler', 'parse_weigh
            'denoise', 'decode', 'fingerprint', 'sample', 'Preview', 'live', 'save_print', 'read_recipe', 'sweep']
 
 # %% ../nbs/08_sampling.ipynb #47ced644
-import dataclasses, inspect, io, itertools, json, math, numbers, re, sys
+import dataclasses, inspect, io, itertools, json, math, numbers, re, sys, warnings
 from collections import namedtuple
 from contextlib import contextmanager
 from functools import cached_property
@@ -70,26 +70,30 @@ def tune(
     compile:bool=False, # compile the UNet: a wait at the first print, faster afterwards
     channels_last:bool=False, # the memory order that GPUs convolve fastest in
     tiling:bool=False, # decode large pictures tile by tile, for less memory
+    graph:bool=True, # on CUDA, record the UNet's kernels once a print and replay them?
 ): # the pipeline
     "Set a pipeline up for speed or for little memory."
     if channels_last:
         for part in (pipe.unet, pipe.vae): part.to(memory_format=torch.channels_last)
     if tiling: pipe.vae.enable_tiling()
     if compile: pipe.unet.compile()
+    vars(pipe.unet)['may_record'] = graph
     return pipe
 
 # %% ../nbs/08_sampling.ipynb #1bd141f0
 _schedulers = {
-    'ddim': ('DDIMScheduler', dict(clip_sample=False)),
-    'pndm': ('PNDMScheduler', dict(skip_prk_steps=True)),
+    'ddim': ('DDIMScheduler', {}),
+    'pndm': ('PNDMScheduler', {}),
     'euler': ('EulerDiscreteScheduler', {}),
     'euler-a': ('EulerAncestralDiscreteScheduler', {}),
     'dpm++2m': ('DPMSolverMultistepScheduler', dict(algorithm_type='dpmsolver++', solver_order=2, use_karras_sigmas=False)),
     'dpm++2m-karras': ('DPMSolverMultistepScheduler', dict(algorithm_type='dpmsolver++', solver_order=2, use_karras_sigmas=True)),
     'unipc': ('UniPCMultistepScheduler', {}),
-    'ddpm': ('DDPMScheduler', dict(clip_sample=False)),
+    'ddpm': ('DDPMScheduler', {}),
     'lcm': ('LCMScheduler', {}),
 }
+
+_usual = dict(clip_sample=False, skip_prk_steps=True) # for latents, where the pipeline's own settings say nothing
 
 def schedulers()->list: # names for `scheduler=`
     "The schedulers that can be asked for by name."
@@ -106,8 +110,9 @@ def make_scheduler(
     if not isinstance(name, str) or name not in _schedulers:
         near = nearest(str(name).lower(), _schedulers)
         raise BoothError(f"no scheduler {name!r}; {f'did you mean {near!r}? ' if near else ''}the choices are: {', '.join(_schedulers)}")
-    kind, settings = _schedulers[name]
-    return getattr(diffusers, kind).from_config(pipe.scheduler.config, **settings)
+    kind, settings = getattr(diffusers, _schedulers[name][0]), _schedulers[name][1]
+    usual = {k: v for k, v in _usual.items() if k in inspect.signature(kind).parameters and k not in pipe.scheduler.config}
+    return kind.from_config(pipe.scheduler.config, **usual, **settings)
 
 # %% ../nbs/08_sampling.ipynb #3d840e1d
 _marks = re.compile(r'\\[()]|[()]|:\s*([+-]?\d*\.?\d+)\s*\)')
@@ -167,7 +172,7 @@ def _check_prompts(pipe, prompts, empty=False, long=False):
     for o in dict.fromkeys(prompts):
         count = len(_tokens(pipe, o)[0])
         if count > limit and not long:
-            raise BoothError(f"the prompt {o!r} is {count} tokens; the limit is {limit}, shorten it by {count-limit} or read it in pieces with long=True")
+            raise BoothError(f"the prompt {o if len(o) < 80 else o[:76] + ' …'!r} is {count} tokens; the limit is {limit}, shorten it by {count-limit} or read it in pieces with long=True")
 
 # %% ../nbs/08_sampling.ipynb #63c8dfc9
 def encode_prompts(
@@ -270,11 +275,12 @@ def _remembering(forward, most=4):
         return known[id(x)][1]
     return remembered
 
+def _compiled(unet): return hasattr(unet, '_orig_mod') or getattr(unet, '_compiled_call_impl', None) is not None
+
 @contextmanager
 def _text_once(unet):
     "While it lasts, the UNet makes keys and values of a text once."
-    compiled = hasattr(unet, '_orig_mod') or getattr(unet, '_compiled_call_impl', None)
-    cross = [] if compiled else [o for name, o in unet.named_modules() if name.endswith('attn2') and o.is_cross_attention]
+    cross = [] if _compiled(unet) else [o for name, o in unet.named_modules() if name.endswith('attn2') and o.is_cross_attention]
     layers = [p for o in cross for p in (o.to_k, o.to_v)]
     if cross and unet.config.addition_embed_type == 'text': layers.append(unet.add_embedding)
     was = [vars(o).get('forward') for o in layers]
@@ -285,6 +291,65 @@ def _text_once(unet):
         for o, f in zip(layers, was):
             del o.forward
             if f: o.forward = f
+
+# %% ../nbs/08_sampling.ipynb #117a3e71
+class _Still:
+    "A function of tensors that runs over the same memory each time."
+    def __init__(self, f, inputs, record):
+        self.held = [o.clone() for o in inputs]
+        def run(): self.out = f(*self.held)
+        self.again = record(run)
+    def __call__(self, *inputs):
+        for held, new in zip(self.held, inputs, strict=True): held.copy_(new)
+        self.again()
+        return self.out.clone() # schedulers keep earlier answers, and the next run overwrites `out`
+
+def _cuda_graph(run):
+    "What does on the GPU again what `run` does once."
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, capture_error_mode='thread_local'): run() # the outer one puts the stream back if recording fails
+    return graph.replay
+
+# %% ../nbs/08_sampling.ipynb #39ceb330
+class _Replayed:
+    "A UNet's forward that is recorded at its second call with a text, and replayed from then on."
+    def __init__(self, forward, record): self.forward, self.record, self.known = forward, record, {}
+    def __call__(self, x, t, encoder_hidden_states, return_dict=True, **kwargs):
+        plain = lambda x, t: self.forward(x, t, encoder_hidden_states=encoder_hidden_states, return_dict=False, **kwargs)[0]
+        key = x.shape, id(encoder_hidden_states)
+        if return_dict or kwargs or self.record is None: return self.forward(x, t, encoder_hidden_states=encoder_hidden_states, return_dict=return_dict, **kwargs)
+        if key in self.known:
+            if not self.known[key][1]: self.known[key] = encoder_hidden_states, self.recorded(plain, x, t)
+            return self.known[key][1](x, t),
+        if len(self.known) < 4: self.known[key] = encoder_hidden_states, None # the text is kept as well, so that its id stays its own
+        return plain(x, t),
+    def recorded(self, plain, *inputs):
+        "`plain` over the same memory, or itself where that cannot be recorded."
+        try: return _Still(plain, inputs, self.record)
+        except RuntimeError as e: why, self.record = str(e).splitlines()[0], None
+        warnings.warn(f"printing without a CUDA graph: {why}")
+        return plain
+
+# %% ../nbs/08_sampling.ipynb #7f2dab83
+def _recordable(unet, x):
+    "Whether the UNet's forward on tensors like `x` may be recorded."
+    if x.device.type != 'cuda' or x.device.index != torch.cuda.current_device() or torch.is_grad_enabled(): return False
+    return getattr(unet, 'may_record', True) and not _compiled(unet) and not _listened(unet)
+
+def _listened(unet):
+    "Whether somebody watches the UNet's layers."
+    if any(o._forward_hooks or o._forward_pre_hooks or 'forward' in vars(o) or hasattr(o, '_hf_hook') for o in unet.modules()): return True
+    return any(type(o).__module__.split('.')[0] != 'diffusers' for o in unet.attn_processors.values())
+
+@contextmanager
+def _replaying(unet, x):
+    "While it lasts, the UNet's forward is replayed where it can be."
+    if not _recordable(unet, x):
+        yield
+        return
+    unet.forward = _Replayed(unet.forward, _cuda_graph)
+    try: yield
+    finally: del unet.forward
 
 # %% ../nbs/08_sampling.ipynb #4e1104c2
 def _skipped(scheduler, steps, strength):
@@ -322,15 +387,15 @@ def denoise(
 ): # clean latents (b, c, h, w)
     "From noise to clean latents."
     scheduler, guidance = scheduler or make_scheduler(pipe), guidance if isinstance(guidance, Guidance) else Guidance(guidance)
-    scheduler.set_timesteps(steps, device=noise.device)
+    scheduler.set_timesteps(steps)
     extra = dict(generator=generators) if 'generator' in inspect.signature(scheduler.step).parameters else {}
     whole, skipped, before = len(scheduler.timesteps), 0 if known is None else _skipped(scheduler, steps, strength), None
     x, timesteps = _begin(scheduler, noise, skipped, known, mask)
     texts, clean = _Texts(texts), guidance.how == 'apg' or getattr(callback, 'clean', False)
-    with _text_once(pipe.unet):
-        for i, t in enumerate(timesteps):
+    with _replaying(pipe.unet, noise), _text_once(pipe.unet):
+        for i, (t, there) in enumerate(zip(timesteps, timesteps.to(noise.device))):
             seen, scale = scheduler.scale_model_input(x, t), _scale(scheduler, t) if clean else None
-            answer, before = predict(pipe, seen, t, texts, guidance, guidance.at(i+skipped, whole), before, scale, **kwargs)
+            answer, before = predict(pipe, seen, there, texts, guidance, guidance.at(i+skipped, whole), before, scale, **kwargs)
             x = scheduler.step(answer, t, x, **extra, return_dict=False)[0]
             x = _hold(scheduler, x, noise, known, mask, timesteps[i+1:i+2])
             if callback: callback(i+1, len(timesteps), _shown(callback, x, seen, answer, scale, i+1 == len(timesteps)))
@@ -358,7 +423,13 @@ def decode(
     x = pipe.vae.decode(latents/pipe.vae.config.scaling_factor, return_dict=False)[0]
     x, refused = pipe.run_safety_checker(x, x.device, x.dtype)
     fine = None if refused is None else [not o for o in refused]
-    return pipe.image_processor.postprocess(x, output_type='pil', do_denormalize=fine)
+    x = pipe.image_processor.postprocess(x, output_type='pt', do_denormalize=fine)
+    if not x.isfinite().all(): raise _overflow(x.dtype)
+    return [Image.fromarray(o) for o in (x.float()*255).round().byte().permute(0, 2, 3, 1).cpu().numpy()]
+
+def _overflow(dtype):
+    dtype = str(dtype).removeprefix('torch.')
+    return BoothError(f"a print has pixels that are no numbers, computed in {dtype}; print with dtype='{'bfloat16' if dtype == 'float16' else 'float32'}' or with less guidance, and if that is no help get the model again")
 
 # %% ../nbs/08_sampling.ipynb #7cf7186c
 def _each(x, prompts, name):
@@ -399,7 +470,7 @@ def _check_size(pipe, size):
     "Height and width in pixels; the size that the model was trained for if `size` is None."
     factor, own = pipe.vae_scale_factor, pipe.unet.config.sample_size
     if size is None: size = [o*factor for o in ((own, own) if isinstance(own, int) else own)]
-    unit, pair = factor * 2**(len(pipe.unet.config.block_out_channels)-1), tuple(size) if hasattr(size, '__len__') else (size, size)
+    unit, pair = math.lcm(8, factor), tuple(size) if hasattr(size, '__len__') else (size, size)
     if len(pair) != 2 or not all(isinstance(o, numbers.Integral) for o in pair): raise BoothError(f"size is {size!r}; it must be one whole number, or (height, width), in multiples of {unit}")
     h, w = pair
     if any(o < unit or o % unit for o in (h, w)):
@@ -410,8 +481,8 @@ def _check_size(pipe, size):
 def _check_steps(scheduler, steps, strength=None):
     "How many stops the scheduler makes of `steps`, or of the share of them that `strength` leaves."
     limit = scheduler.config.num_train_timesteps
-    if type(scheduler).__name__ == 'LCMScheduler': limit = min(limit, scheduler.config.original_inference_steps)
-    if not isinstance(steps, numbers.Integral) or not 1 <= steps <= limit: raise BoothError(f"steps is {steps}; {type(scheduler).__name__} takes 1 to {limit}, 20 to 50 is usual")
+    if few := type(scheduler).__name__ == 'LCMScheduler': limit = min(limit, scheduler.config.original_inference_steps)
+    if not isinstance(steps, numbers.Integral) or not 1 <= steps <= limit: raise BoothError(f"steps is {steps}; {type(scheduler).__name__} takes 1 to {limit}, {'4 to 8' if few else '20 to 50'} is usual")
     scheduler.set_timesteps(steps)
     return len(scheduler.timesteps) - (0 if strength is None else _skipped(scheduler, steps, strength))
 
@@ -456,7 +527,7 @@ def _known(pipe, jobs, size):
     if jobs[0].init is None: return None, None
     where, dists = dict(device=pipe._execution_device, dtype=pipe.vae.dtype), {}
     for o in jobs:
-        if id(o.init) not in dists: dists[id(o.init)] = pipe.vae.encode(to_tensor([o.init], size).to(**where)).latent_dist
+        if id(o.init) not in dists: dists[id(o.init)] = pipe.vae.encode(to_tensor([o.init], size).to(**where, memory_format=torch.channels_last)).latent_dist # as diffusers lays it
     draws = [dists[id(o.init)].sample(generator('sample init', o.seed, o.index)) for o in jobs]
     known = torch.cat(draws)*pipe.vae.config.scaling_factor
     return known, None if jobs[0].mask is None else torch.cat([_mask(o.mask, size, known.shape[-2:]) for o in jobs]).to(known)
@@ -478,6 +549,14 @@ def _inference(pipe):
     finally:
         for m, mode in was: m.training = mode
 
+@contextmanager
+def _tiled(vae, tiling=None):
+    "While it lasts, the VAE works tile by tile, or does not; None leaves it as it is."
+    was = getattr(vae, 'use_tiling', False)
+    vae.use_tiling = was if tiling is None else bool(tiling)
+    try: yield vae.use_tiling
+    finally: vae.use_tiling = was
+
 # %% ../nbs/08_sampling.ipynb #f571d9f3
 def _latent_shape(pipe, size):
     "Channels, height and width of an image's latents."
@@ -486,7 +565,7 @@ def _latent_shape(pipe, size):
 def _batch_size(pipe, size):
     "How many images of this height and width go through the UNet at once."
     _, h, w = _latent_shape(pipe, size)
-    return max(1, min(32, 4*64*64 // (h*w)))
+    return max(1, min(32, (8 if pipe._execution_device.type == 'cuda' else 4)*64*64 // (h*w)))
 
 def _cut(jobs, batch):
     "Jobs in batches."
@@ -531,7 +610,7 @@ def _print_batch(pipe, jobs, embeds, k, size, guidance, return_latents, **kwargs
 
 # %% ../nbs/08_sampling.ipynb #17bc32b8
 def _out_of_memory(e):
-    return isinstance(e, torch.OutOfMemoryError) or 'out of memory' in str(e) or "can't allocate memory" in str(e)
+    return isinstance(e, torch.OutOfMemoryError) or any(o in str(e) for o in ('out of memory', "can't allocate memory", 'ALLOC_FAILED'))
 
 def _tried(f):
     "What `f()` returns, or None where the memory was too small for it."
@@ -573,9 +652,17 @@ def fingerprint(
     pipe, # StableDiffusionPipeline
 )->str: # 16 hexadecimal digits
     "A hash of the weights and the noise schedule, which decide what a pipeline draws."
-    schedule = {k: v for k, v in dict(pipe.scheduler.config).items() if k[0] != '_'}
-    named = ((f'{part}.{name}', p) for part in ('unet', 'text_encoder', 'vae') for name, p in getattr(pipe, part).named_parameters())
-    return weights_hash(named, json.dumps(schedule, sort_keys=True, default=str))
+    schedule = json.dumps({k: v for k, v in dict(pipe.scheduler.config).items() if k[0] != '_' or k == '_class_name'}, sort_keys=True, default=str)
+    named = [(f'{part}.{name}', p) for part in ('unet', 'text_encoder', 'vae') for name, p in getattr(pipe, part).named_parameters()]
+    seen = schedule, _glance(named)
+    if vars(pipe).get('_glanced', (None,))[0] != seen: vars(pipe)['_glanced'] = seen, weights_hash(named, schedule)
+    return vars(pipe)['_glanced'][1]
+
+def _glance(named):
+    "What changes when any of the weights does."
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    with torch.no_grad(): sums = torch.stack([p.detach().view(whole[p.element_size()]).sum() for _, p in named]).tolist() # one wait for a GPU, not one a tensor
+    return [(name, p.dtype, tuple(p.shape), p.data_ptr(), 0 if p.is_inference() else p._version, s) for (name, p), s in zip(named, sums)]
 
 # %% ../nbs/08_sampling.ipynb #840426fd
 def _recipe(job, guidance, scheduler, **shared):
@@ -628,6 +715,7 @@ def sample(
     subject:str=None, # what `{subject}` stands for, such as "sks dog"
     long:bool=False, # read prompts beyond the token limit in pieces?
     restore_mean:bool=False, # after weighing words, scale a prompt to the mean it had?
+    tiling:bool=None, # decode tile by tile? None as the pipeline is set, see `tune`
     index:int=0, # number of the first image
     model:str=None, # fingerprint that the model must have
 ): # PIL images with their recipes in `.info`: all of the first prompt, then all of the second …
@@ -641,10 +729,10 @@ def sample(
     size, own = _check_size(pipe, size), _own_scheduler(pipe, scheduler)
     each = _check_steps(own, steps, strength)
     if model or not return_latents: model = _check_model(pipe, model)
-    prints = _print(pipe, jobs, batch or _batch_size(pipe, size), callback, long, restore_mean, each, return_latents=return_latents,
+    with _tiled(pipe.vae, tiling) as tiling: prints = _print(pipe, jobs, batch or _batch_size(pipe, size), callback, long, restore_mean, each, return_latents=return_latents,
         size=size, guidance=guidance, scheduler=own, steps=steps, strength=strength or 1.)
     if return_latents: return prints
-    return _signed(prints, jobs, guidance, scheduler, steps=steps, size=list(size), strength=strength, model=model, long=long, restore_mean=restore_mean)
+    return _signed(prints, jobs, guidance, scheduler, tiling=tiling, steps=steps, size=list(size), strength=strength, model=model, long=long, restore_mean=restore_mean)
 
 # %% ../nbs/08_sampling.ipynb #a0c8ae6f
 def _jobs(pipe, prompt, negative, subject, seed, n, index, guidance, init, mask, long):
