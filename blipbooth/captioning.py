@@ -4,19 +4,22 @@
 
 # %% auto #0
 __all__ = ['presets', 'load_blip', 'pixel_values', 'Caption', 'Blip', 'Captioner', 'decoding_config', 'padded', 'StopText',
-           'same_length', 'picture_files', 'count_pictures', 'NameSet', 'prefetched', 'append_synced', 'read_records',
-           'mend_log', 'FolderCaptions', 'differences', 'write_sidecar']
+           'same_length', 'picture_files', 'count_pictures', 'NameSet', 'Share', 'prefetched', 'name_subject',
+           'Wording', 'append_synced', 'read_records', 'mend_log', 'FolderCaptions', 'differences', 'write_sidecar']
 
 # %% ../nbs/03_captioning.ipynb #f7ed37bb
-import base64, hashlib, heapq, html, inspect, io, json, os, time
+import base64, hashlib, heapq, html, inspect, io, json, os, re, string, time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
 from threading import Thread
+
+try: from fcntl import LOCK_EX, flock
+except ImportError: flock = None                              # Windows
 
 import numpy as np, torch
 from fastcore.basics import chunked, listify, patch, store_attr
@@ -674,6 +677,32 @@ class NameSet:
         i = np.searchsorted(self.keys, key)
         return bool(i < len(self.keys) and self.keys[i] == key)
 
+# %% ../nbs/03_captioning.ipynb #c0de0012
+class Share:
+    "Which pictures are for this process."
+    def __init__(self,
+        where:str=None, # such as 2/4, the second of four shares; None: what accelerate started this process for, or all
+        device='cpu', # where the model is
+    ):
+        self.i, self.n, self.state = 0, 1, None
+        if where is not None: self.i, self.n = self.read(where)
+        elif int(os.environ.get('WORLD_SIZE', 1)) > 1:
+            from accelerate import PartialState
+            self.state = PartialState(cpu=torch.device(device).type == 'cpu')
+            self.i, self.n = self.state.process_index, self.state.num_processes
+
+    @staticmethod
+    def read(where):
+        m = re.fullmatch(r'(\d+)/(\d+)', str(where))
+        if not m or not 1 <= int(m[1]) <= int(m[2]): raise BoothError(f"where={where!r}; write 2/4 for the second of four shares")
+        return int(m[1]) - 1, int(m[2])
+
+    def __contains__(self, name): return NameSet.key(name) % self.n == self.i
+    @property
+    def first(self): return self.state is None or self.i == 0
+    def meet(self):
+        if self.state: self.state.wait_for_everyone()
+
 # %% ../nbs/03_captioning.ipynb #854d052e
 def prefetched(
     f, # a function of one thing
@@ -702,12 +731,50 @@ def _fitted(path, size, mode):
     except UnicodeEncodeError: return BoothError(f"{path} has a name that is not UTF-8; rename it")
     except Exception as e: return BoothError(f"{path} is damaged ({type(e).__name__}: {e}); copy or save it again")
 
+# %% ../nbs/03_captioning.ipynb #c0de0002
+def name_subject(
+    caption:str, # a sentence
+    token:str, # the subject's name, such as sks
+    noun:str, # what it is, such as dog
+    synonyms=(), # other words for it, such as puppy
+)->str: # the sentence with `token noun` in it, or unchanged if it holds none of the words
+    "Put the subject's name in the place of its noun and its article."
+    words = '|'.join(re.escape(o) for o in sorted([noun, *synonyms], key=len, reverse=True))
+    return re.sub(rf'\b(?:(?:an?|the) )?(?:{words})\b', lambda m: f'{token} {noun}', caption, count=1, flags=re.I)
+
+# %% ../nbs/03_captioning.ipynb #c0de0005
+@dataclass
+class Wording:
+    "How captions are written down."
+    template:str = '{caption}' # with {caption}, and {token} and {noun} where they are given
+    token:str = '' # the subject's name; with `noun`, it takes the noun's place in the caption
+    noun:str = '' # what the subject is
+    synonyms:list = field(default_factory=list) # other words for it
+    prefix:str = '' # goes in front of everything
+    suffix:str = '' # goes behind everything
+    def __post_init__(self):
+        self.synonyms = listify(self.synonyms)
+        for k, v in asdict(self).items():
+            if not all(isinstance(o, str) for o in listify(v)): raise BoothError(f"{k}={v!r} is not a string; give words")
+        try: holes = {h for _, h, _, _ in string.Formatter().parse(self.template) if h is not None}
+        except ValueError as e: raise BoothError(f"template {self.template!r} cannot be read ({e}); write a single brace twice") from None
+        known = ['caption', *(k for k in ('token', 'noun') if getattr(self, k))]
+        if holes - set(known): raise BoothError(f"the template {self.template!r} has a hole {{{min(holes - set(known))}}}; the holes are {', '.join(f'{{{o}}}' for o in known)}")
+        if 'caption' not in holes: raise BoothError(f"the template {self.template!r} has no {{caption}}; write it where the caption belongs")
+        if self.synonyms and not (self.token and self.noun): raise BoothError(f"synonyms={self.synonyms} without token and noun; give both, or leave it out")
+
+    def __call__(self,
+        caption:str, # what the captioner read
+    )->str: # what is written down
+        if self.token and self.noun: caption = name_subject(caption, self.token, self.noun, self.synonyms)
+        return self.prefix + self.template.format(caption=caption, token=self.token, noun=self.noun) + self.suffix
+
 # %% ../nbs/03_captioning.ipynb #125381f9
-def _record(name, c):
+def _record(name, c, wording):
     "A caption as a line of metadata; the picture is let go of."
-    more = dict(alternatives=[o.text for o in c.alternatives]) if c.alternatives else {}
+    more = dict(alternatives=[wording(o.text) for o in c.alternatives]) if c.alternatives else {}
     score, log_prob = (round(v, 4) if np.isfinite(v) else None for v in (c.score, c.log_prob))
-    return dict(file_name=name, text=c.text, score=score, log_prob=log_prob, **more)
+    return dict(file_name=name, text=wording(c.text), score=score, log_prob=log_prob, **more)
 
 def _error_record(name, e, folder):
     "An error as a line of errors.jsonl."
@@ -724,6 +791,7 @@ def caption_files(self:Captioner,
     workers:int=None, # threads that read pictures; None: one for each core, at most 8
     strict:bool=False, # stop at a picture that cannot be read
     size:int=None, # side in pixels; None: what the checkpoint saw
+    wording:Wording=None, # how captions are written down; None: as they are
     **decoding, # any keyword of transformers' `generate`
 ): # for each batch (records of captions, records of errors)
     "Caption files batch by batch, reading ahead."
@@ -735,7 +803,7 @@ def caption_files(self:Captioner,
         if bad and strict: raise bad[0][1]
         good = [(name, x) for name, x in part if not isinstance(x, BoothError)]
         caps = self([x for _, x in good], prompt, batch_size, fit, size, **decoding) if good else []
-        yield [_record(name, c) for (name, _), c in zip(good, caps)], [_error_record(*o, folder) for o in bad]
+        yield [_record(name, c, wording or Wording()) for (name, _), c in zip(good, caps)], [_error_record(*o, folder) for o in bad]
 
 # %% ../nbs/03_captioning.ipynb #5dcd441a
 def append_synced(
@@ -747,7 +815,8 @@ def append_synced(
     if not data: return
     try:
         with open(path, 'ab', buffering=0) as f:
-            start = f.tell()
+            if flock: flock(f, LOCK_EX)                        # other processes of the same run write to it, too
+            start = f.seek(0, os.SEEK_END)
             try:
                 while data: data = data[f.write(data):]
                 os.fsync(f.fileno())
@@ -815,7 +884,7 @@ def __repr__(self:FolderCaptions):
 def folder_settings(self:Captioner, folder, log, prompt, fit, config, rest):
     "All that decides the captions of a folder, ready for JSON."
     where = '.' if Path(folder).resolve() == Path(log).parent.resolve() else str(Path(folder).resolve())
-    more = {k: v if type(v) in (str, int, float, bool, list) else getattr(v, '__name__', type(v).__name__) for k, v in rest.items()}
+    more = {k: v if type(v) in (str, int, float, bool, list, dict) else getattr(v, '__name__', type(v).__name__) for k, v in rest.items()}
     ours = dict(folder=where, model=weights_hash(self.model.named_parameters()), dtype=str(self.dtype)[6:], prompt=prompt or '', fit=fit, **more)
     options = {k: v for k, v in config.to_diff_dict().items() if k not in ('transformers_version', 'blipbooth')}
     return json.loads(json.dumps(dict(options, blipbooth=ours), default=str))
@@ -876,23 +945,26 @@ def _extension(x):
         raise BoothError(f"caption_extension={x!r} is not for text; give .txt or .caption")
     return ext
 
-def _check_folder_options(prompt, batch_size, fit, workers):
+def _check_folder_options(prompt, batch_size, fit, workers, wording):
     "What `caption_folder` can refuse without a look at the folder."
     _check_batch(batch_size)
     if workers is not None and (type(workers) is not int or workers < 1): raise BoothError(f"workers={workers!r}; it must be a whole number of 1 or more")
     if not (prompt is None or isinstance(prompt, str)): raise BoothError(f"prompt {prompt!r} is not a string; a folder has one prompt for all its pictures")
+    if not isinstance(wording, (Wording, type(None))): raise BoothError(f"wording={wording!r} is a {type(wording).__name__}; give Wording('a photo of {{caption}}')")
     fit_image(Image.new('RGB', (8, 8)), 8, fit)
 
 # %% ../nbs/03_captioning.ipynb #1079e3df
 @patch
-def _plan_folder(self:Captioner, folder, out, recursive, prompt, batch_size, fit, size, workers, overwrite, decoding):
+def _plan_folder(self:Captioner, folder, out, recursive, prompt, batch_size, fit, size, workers, overwrite, wording, decoding):
     "Look at everything that can be wrong; (run, number of pictures, settings, whether to go on)."
-    _check_folder_options(prompt, batch_size, fit, workers)
+    _check_folder_options(prompt, batch_size, fit, workers, wording)
     self.check_size(size)
     n, res = count_pictures(folder, recursive), _folder_captions(folder, out)
     longest = len(self.prompt_ids(prompt, 1)[0])
     config, rest = decoding_config(longest=longest, positions=self.text_config.max_position_embeddings, **decoding)
-    settings = self.folder_settings(res.folder, res.log, prompt, fit, config, rest if size is None else dict(rest, size=size))
+    more = dict(size=size) if size is not None else {}
+    if wording is not None: more['wording'] = asdict(wording)
+    settings = self.folder_settings(res.folder, res.log, prompt, fit, config, {**rest, **more})
     return res, n, settings, res.goes_on(settings, overwrite)
 
 # %% ../nbs/03_captioning.ipynb #9844200a
@@ -910,13 +982,10 @@ def _only_run(log):
 # %% ../nbs/03_captioning.ipynb #6e34b3bf
 @patch
 def _open_log(self:FolderCaptions, go_on, sidecar):
-    "Make the logs ready; the names that are done, with their sidecars made up for."
+    "Make the logs ready, and make up for sidecars."
     for o in [self.errors_file] if go_on else [self.log, self.errors_file]: o.unlink(missing_ok=True)
     mend_log(self.log)
     if sidecar: self._write_sidecars(self, **sidecar)
-    done = NameSet(o['file_name'] for o in self)
-    self.there = len(done)
-    return done
 
 # %% ../nbs/03_captioning.ipynb #c0ad0bdd
 @patch
@@ -937,7 +1006,11 @@ def _work(self:FolderCaptions, batches, settings, overwrite, bar, sidecar):
         if sidecar: self._write_sidecars(done, **sidecar)
         self.new, self.bad = self.new + len(done), self.bad + len(bad)
         bar.update(len(done) + len(bad))
+@patch
+def _sum_up(self:FolderCaptions, settings, share):
+    "What all processes did, once they have met."
     if self.log.exists(): save_json(self.config_file, settings)
+    if share.state: self.new, self.bad = sum(1 for _ in self) - self.there, sum(1 for _ in self.errors)
 
 # %% ../nbs/03_captioning.ipynb #3672926e
 @patch
@@ -954,17 +1027,27 @@ def caption_folder(self:Captioner,
     caption_extension:str='.txt', # of the sidecars
     workers:int=None, # threads that read pictures; None: one for each core, at most 8
     size:int=None, # side in pixels; None: what the checkpoint saw
+    wording:Wording=None, # template, prefix, suffix, the subject's name; None: captions as they are
+    where:str=None, # such as 2/4, the second of four shares; None: what accelerate started this process for, or all
     **decoding, # `preset`, `seed`, `force_words`, `avoid_words`, and any keyword of transformers' `generate`
 )->FolderCaptions: # counts and places; going through it reads the records
     "Caption a folder of any size; the same call goes on with one that was interrupted."
-    start, ext = time.perf_counter(), _extension(caption_extension)
-    res, n, settings, go_on = self._plan_folder(folder, out, recursive, prompt, batch_size, fit, size, workers, overwrite, decoding)
+    start, ext, share = time.perf_counter(), _extension(caption_extension), Share(where, self.device)
+    if share.state: self.model.to(share.state.device)
+    res, n, settings, go_on = self._plan_folder(folder, out, recursive, prompt, batch_size, fit, size, workers, overwrite, wording, decoding)
     side = dict(extension=ext, overwrite=overwrite) if sidecars else {}
     if sidecars: out_dir(res.folder)
-    with for_writing(res.log.parent), _only_run(res.log):
-        done = res._open_log(go_on, side)
-        names = (o for o in picture_files(res.folder, recursive) if o not in done)
-        batches = self.caption_files(names, res.folder, prompt, batch_size, fit, workers, strict, size, **decoding)
-        with progress(total=max(0, n - len(done)), desc='captions') as bar: res._work(batches, settings, overwrite, bar, side)
+    share.meet()                                              # all have looked before one of them writes
+    with for_writing(res.log.parent), _only_run(res.log) if share.first else nullcontext():
+        if share.first: res._open_log(go_on, side)
+        share.meet()
+        done = NameSet(o['file_name'] for o in res)
+        res.there = len(done)
+        share.meet()                                          # all know what is done before one of them adds to it
+        names = (o for o in picture_files(res.folder, recursive) if o in share and o not in done)
+        batches = self.caption_files(names, res.folder, prompt, batch_size, fit, workers, strict, size, wording, **decoding)
+        with progress(total=max(0, n - len(done))//share.n, desc='captions') as bar: res._work(batches, settings, overwrite, bar, side)
+        share.meet()
+        if share.first: res._sum_up(settings, share)
     res.seconds = time.perf_counter() - start
     return res
