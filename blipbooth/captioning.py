@@ -498,6 +498,9 @@ class StopText(StoppingCriteria):
         return torch.tensor([any(s in o for s in self.strings) for o in new], device=ids.device)
 
 # %% ../nbs/03_captioning.ipynb #4a898328
+@patch(as_prop=True)
+def filler(self:Captioner): return self.text_config.pad_token_id or self.text_config.bos_token_id
+
 @patch
 @torch.no_grad()
 def generate(self:Captioner,
@@ -509,7 +512,7 @@ def generate(self:Captioner,
     "Let the decoder continue each list of ids."
     config, x = deepcopy(config), torch.tensor(ids, device=self.device)
     if config.eos_token_id is None: config.eos_token_id = self.text_config.sep_token_id
-    if config.pad_token_id is None: config.pad_token_id = self.text_config.pad_token_id
+    if config.pad_token_id is None: config.pad_token_id = self.filler
     if config.stop_strings:
         rest['stopping_criteria'] = StoppingCriteriaList([*rest.get('stopping_criteria', []), StopText(self, config.stop_strings, x)])
     config.stop_strings, decoder = None, self.model.text_decoder
@@ -594,7 +597,7 @@ def _caption_batch(self:Captioner, photos, ids, prompts, fit, size, config, rest
     if rest.get('custom_generate') is seeded_sample: rest = {**rest, 'row_seeds': dice}
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None: torch.manual_seed(dice[0])
-        rows = [_cut(o, n, ends, self.text_config.pad_token_id) for o in self.generate(embeds, ids, config, **rest)]
+        rows = [_cut(o, n, ends, self.filler if config.pad_token_id is None else config.pad_token_id) for o in self.generate(embeds, ids, config, **rest)]
     lps = self.token_log_probs(embeds, rows)
     found = [self._caption(r, lp, n, ends, photos[i//several], prompts[i//several]) for i, (r, lp) in enumerate(zip(rows, lps))]
     groups = list(chunked(found, several))
