@@ -219,12 +219,14 @@ def prompt_ids(self:Captioner,
     n:int, # how many pictures
 )->list: # of lists of ids, each with the start token
     "The ids that each caption has to begin with."
-    prompts = [prompt]*n if prompt is None or isinstance(prompt, str) else list(prompt)
+    prompts = [prompt]*n if isinstance(prompt, str) or not hasattr(prompt, '__iter__') else list(prompt)
     if len(prompts) != n:
         raise BoothError(f"{len(prompts)} prompts for {n} pictures; give one prompt for all, or one for each picture")
     odd = [o for o in prompts if not (o is None or isinstance(o, str))]
     if odd: raise BoothError(f"prompt {odd[0]!r} is not a string; give words, or None for no prompt")
     ids = [[self.text_config.bos_token_id] + self.word_ids(o or '') for o in prompts]
+    strange = next((o for o, i in zip(prompts, ids) if self.processor.tokenizer.unk_token_id in i), None)
+    if strange: raise BoothError(f"prompt {strange[:30]!r} holds signs that the model cannot spell; write it in other words")
     limit = self.text_config.max_position_embeddings - 1
     for o, i in zip(prompts, ids):
         if len(i) > limit: raise BoothError(f"prompt of {len(i)} tokens ({o[:30]!r} …); the model has room for {limit}: shorten it")
@@ -292,6 +294,13 @@ def _check_names(config, rest):
         raise BoothError(f"no decoding option {k!r}; " + (f"did you mean {near!r}?" if near else "the names are those of transformers' GenerationConfig"))
     for k, v in _active(config, _moved).items():
         if not method: raise BoothError(f"{k}={v} asks for a search that transformers 5 no longer holds; leave it out or give custom_generate=a function")
+
+# %% ../nbs/03_captioning.ipynb #c0de0051
+def _check_words(config, rest):
+    "Strings that are some, and a seed that is a number."
+    stops, seed = listify(config.stop_strings), rest.get('seed')
+    if not all(isinstance(o, str) and o for o in stops): raise BoothError(f"stop_strings={config.stop_strings!r}; give a string of one letter or more, or a list of them")
+    if seed is not None and type(seed) is not int: raise BoothError(f"seed={seed!r}; it must be a whole number")
 
 # %% ../nbs/03_captioning.ipynb #707a8471
 def _check_groups(config):
@@ -364,6 +373,7 @@ def decoding_config(
     for k, v in options.items(): setattr(config, k, v)
     if config.num_beams is None: config.num_beams = 1 if config.do_sample or _alone(config, rest) else 3
     _check_names(config, rest)
+    _check_words(config, rest)
     _check_ranges(config)
     _check_room(config, longest, positions)
     _check_together(config)
@@ -556,12 +566,14 @@ def same_length(
 def _word_options(self, decoding):
     "Words to force or to avoid, as ids."
     force, avoid = (listify(decoding.pop(k, None)) for k in ('force_words', 'avoid_words'))
-    ids = lambda w: self.word_ids(w) if isinstance(w, str) and w.strip() else _no_word(w)
+    def ids(w):
+        found = self.word_ids(w) if isinstance(w, str) else []
+        return found if found and self.processor.tokenizer.unk_token_id not in found else _no_word(w)
     if force: decoding['force_words_ids'] = [[ids(o) for o in f] if isinstance(f, (list, tuple)) else ids(f) for f in force]
     if avoid: decoding['bad_words_ids'] = [*decoding.get('bad_words_ids', []), *map(ids, avoid)]
     return decoding
 
-def _no_word(w): raise BoothError(f"{w!r} is no word to force or to avoid; give strings such as 'fox' or 'in the park'")
+def _no_word(w): raise BoothError(f"{w!r} is no word to force or to avoid; give strings that the model can spell, such as 'fox' or 'in the park'")
 
 # %% ../nbs/03_captioning.ipynb #5ade6124
 @patch
@@ -576,7 +588,7 @@ def __call__(self:Captioner,
     "Caption pictures."
     _check_batch(batch_size)
     photos = load_images(images)
-    prompts = [prompt]*len(photos) if prompt is None or isinstance(prompt, str) else list(prompt)
+    prompts = [prompt]*len(photos) if isinstance(prompt, str) or not hasattr(prompt, '__iter__') else list(prompt)
     ids = self.prompt_ids(prompts, len(photos))
     config, rest = decoding_config(longest=max(map(len, ids)), positions=self.text_config.max_position_embeddings, **_word_options(self, decoding))
     seed, res = rest.pop('seed', None), [None]*len(photos)
@@ -783,6 +795,15 @@ def _error_record(name, e, folder):
     "An error as a line of errors.jsonl."
     return dict(file_name=name.encode(errors='backslashreplace').decode(), error=str(e).removeprefix(str(Path(folder)/name)).strip())
 
+# %% ../nbs/03_captioning.ipynb #c0de0031
+def _check_folder_options(prompt, batch_size, fit, workers, wording):
+    "What can be refused without a look at the pictures."
+    _check_batch(batch_size)
+    if workers is not None and (type(workers) is not int or workers < 1): raise BoothError(f"workers={workers!r}; it must be a whole number of 1 or more")
+    if not (prompt is None or isinstance(prompt, str)): raise BoothError(f"prompt {prompt!r} is not a string; files have one prompt for all of them")
+    if not isinstance(wording, (Wording, type(None))): raise BoothError(f"wording={wording!r} is a {type(wording).__name__}; give Wording('a photo of {{caption}}')")
+    fit_image(Image.new('RGB', (8, 8)), 8, fit)
+
 # %% ../nbs/03_captioning.ipynb #11e8c648
 @patch
 def caption_files(self:Captioner,
@@ -798,6 +819,8 @@ def caption_files(self:Captioner,
     **decoding, # any keyword of transformers' `generate`
 ): # for each batch (records of captions, records of errors)
     "Caption files batch by batch, reading ahead."
+    _check_folder_options(prompt, batch_size, fit, workers, wording)
+    self.check_size(size)
     o, workers = self.processor.image_processor.size, workers or min(8, os.cpu_count() or 1)
     side = size or (o['height'], o['width'])
     def read(name): return name, _fitted(Path(folder)/name, side, fit)
@@ -947,14 +970,6 @@ def _extension(x):
     if ext == '.' or '/' in ext or ext.lower() in (*_suffixes, '.json', '.jsonl'):
         raise BoothError(f"caption_extension={x!r} is not for text; give .txt or .caption")
     return ext
-
-def _check_folder_options(prompt, batch_size, fit, workers, wording):
-    "What `caption_folder` can refuse without a look at the folder."
-    _check_batch(batch_size)
-    if workers is not None and (type(workers) is not int or workers < 1): raise BoothError(f"workers={workers!r}; it must be a whole number of 1 or more")
-    if not (prompt is None or isinstance(prompt, str)): raise BoothError(f"prompt {prompt!r} is not a string; a folder has one prompt for all its pictures")
-    if not isinstance(wording, (Wording, type(None))): raise BoothError(f"wording={wording!r} is a {type(wording).__name__}; give Wording('a photo of {{caption}}')")
-    fit_image(Image.new('RGB', (8, 8)), 8, fit)
 
 # %% ../nbs/03_captioning.ipynb #1079e3df
 @patch
