@@ -4,19 +4,22 @@
 
 # %% auto #0
 __all__ = ['presets', 'load_blip', 'pixel_values', 'Caption', 'Blip', 'Captioner', 'decoding_config', 'padded', 'StopText',
-           'same_length', 'picture_files', 'count_pictures', 'NameSet', 'prefetched', 'append_synced', 'read_records',
-           'mend_log', 'FolderCaptions', 'differences', 'write_sidecar']
+           'same_length', 'picture_files', 'count_pictures', 'NameSet', 'Share', 'prefetched', 'name_subject',
+           'Wording', 'append_synced', 'read_records', 'mend_log', 'FolderCaptions', 'differences', 'write_sidecar']
 
 # %% ../nbs/03_captioning.ipynb #f7ed37bb
-import base64, hashlib, heapq, html, inspect, io, json, os, time
+import base64, hashlib, heapq, html, inspect, io, json, os, re, string, time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
 from threading import Thread
+
+try: from fcntl import LOCK_EX, flock
+except ImportError: flock = None                              # Windows
 
 import numpy as np, torch
 from fastcore.basics import chunked, listify, patch, store_attr
@@ -216,12 +219,14 @@ def prompt_ids(self:Captioner,
     n:int, # how many pictures
 )->list: # of lists of ids, each with the start token
     "The ids that each caption has to begin with."
-    prompts = [prompt]*n if prompt is None or isinstance(prompt, str) else list(prompt)
+    prompts = [prompt]*n if isinstance(prompt, str) or not hasattr(prompt, '__iter__') else list(prompt)
     if len(prompts) != n:
         raise BoothError(f"{len(prompts)} prompts for {n} pictures; give one prompt for all, or one for each picture")
     odd = [o for o in prompts if not (o is None or isinstance(o, str))]
     if odd: raise BoothError(f"prompt {odd[0]!r} is not a string; give words, or None for no prompt")
     ids = [[self.text_config.bos_token_id] + self.word_ids(o or '') for o in prompts]
+    strange = next((o for o, i in zip(prompts, ids) if self.processor.tokenizer.unk_token_id in i), None)
+    if strange: raise BoothError(f"prompt {strange[:30]!r} holds signs that the model cannot spell; write it in other words")
     limit = self.text_config.max_position_embeddings - 1
     for o, i in zip(prompts, ids):
         if len(i) > limit: raise BoothError(f"prompt of {len(i)} tokens ({o[:30]!r} …); the model has room for {limit}: shorten it")
@@ -289,6 +294,13 @@ def _check_names(config, rest):
         raise BoothError(f"no decoding option {k!r}; " + (f"did you mean {near!r}?" if near else "the names are those of transformers' GenerationConfig"))
     for k, v in _active(config, _moved).items():
         if not method: raise BoothError(f"{k}={v} asks for a search that transformers 5 no longer holds; leave it out or give custom_generate=a function")
+
+# %% ../nbs/03_captioning.ipynb #c0de0051
+def _check_words(config, rest):
+    "Strings that are some, and a seed that is a number."
+    stops, seed = listify(config.stop_strings), rest.get('seed')
+    if not all(isinstance(o, str) and o for o in stops): raise BoothError(f"stop_strings={config.stop_strings!r}; give a string of one letter or more, or a list of them")
+    if seed is not None and type(seed) is not int: raise BoothError(f"seed={seed!r}; it must be a whole number")
 
 # %% ../nbs/03_captioning.ipynb #707a8471
 def _check_groups(config):
@@ -361,6 +373,7 @@ def decoding_config(
     for k, v in options.items(): setattr(config, k, v)
     if config.num_beams is None: config.num_beams = 1 if config.do_sample or _alone(config, rest) else 3
     _check_names(config, rest)
+    _check_words(config, rest)
     _check_ranges(config)
     _check_room(config, longest, positions)
     _check_together(config)
@@ -495,6 +508,9 @@ class StopText(StoppingCriteria):
         return torch.tensor([any(s in o for s in self.strings) for o in new], device=ids.device)
 
 # %% ../nbs/03_captioning.ipynb #4a898328
+@patch(as_prop=True)
+def filler(self:Captioner): return self.text_config.pad_token_id or self.text_config.bos_token_id
+
 @patch
 @torch.no_grad()
 def generate(self:Captioner,
@@ -506,7 +522,7 @@ def generate(self:Captioner,
     "Let the decoder continue each list of ids."
     config, x = deepcopy(config), torch.tensor(ids, device=self.device)
     if config.eos_token_id is None: config.eos_token_id = self.text_config.sep_token_id
-    if config.pad_token_id is None: config.pad_token_id = self.text_config.pad_token_id
+    if config.pad_token_id is None: config.pad_token_id = self.filler
     if config.stop_strings:
         rest['stopping_criteria'] = StoppingCriteriaList([*rest.get('stopping_criteria', []), StopText(self, config.stop_strings, x)])
     config.stop_strings, decoder = None, self.model.text_decoder
@@ -550,12 +566,14 @@ def same_length(
 def _word_options(self, decoding):
     "Words to force or to avoid, as ids."
     force, avoid = (listify(decoding.pop(k, None)) for k in ('force_words', 'avoid_words'))
-    ids = lambda w: self.word_ids(w) if isinstance(w, str) and w.strip() else _no_word(w)
+    def ids(w):
+        found = self.word_ids(w) if isinstance(w, str) else []
+        return found if found and self.processor.tokenizer.unk_token_id not in found else _no_word(w)
     if force: decoding['force_words_ids'] = [[ids(o) for o in f] if isinstance(f, (list, tuple)) else ids(f) for f in force]
     if avoid: decoding['bad_words_ids'] = [*decoding.get('bad_words_ids', []), *map(ids, avoid)]
     return decoding
 
-def _no_word(w): raise BoothError(f"{w!r} is no word to force or to avoid; give strings such as 'fox' or 'in the park'")
+def _no_word(w): raise BoothError(f"{w!r} is no word to force or to avoid; give strings that the model can spell, such as 'fox' or 'in the park'")
 
 # %% ../nbs/03_captioning.ipynb #5ade6124
 @patch
@@ -570,7 +588,7 @@ def __call__(self:Captioner,
     "Caption pictures."
     _check_batch(batch_size)
     photos = load_images(images)
-    prompts = [prompt]*len(photos) if prompt is None or isinstance(prompt, str) else list(prompt)
+    prompts = [prompt]*len(photos) if isinstance(prompt, str) or not hasattr(prompt, '__iter__') else list(prompt)
     ids = self.prompt_ids(prompts, len(photos))
     config, rest = decoding_config(longest=max(map(len, ids)), positions=self.text_config.max_position_embeddings, **_word_options(self, decoding))
     seed, res = rest.pop('seed', None), [None]*len(photos)
@@ -591,7 +609,7 @@ def _caption_batch(self:Captioner, photos, ids, prompts, fit, size, config, rest
     if rest.get('custom_generate') is seeded_sample: rest = {**rest, 'row_seeds': dice}
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None: torch.manual_seed(dice[0])
-        rows = [_cut(o, n, ends, self.text_config.pad_token_id) for o in self.generate(embeds, ids, config, **rest)]
+        rows = [_cut(o, n, ends, self.filler if config.pad_token_id is None else config.pad_token_id) for o in self.generate(embeds, ids, config, **rest)]
     lps = self.token_log_probs(embeds, rows)
     found = [self._caption(r, lp, n, ends, photos[i//several], prompts[i//several]) for i, (r, lp) in enumerate(zip(rows, lps))]
     groups = list(chunked(found, several))
@@ -674,6 +692,32 @@ class NameSet:
         i = np.searchsorted(self.keys, key)
         return bool(i < len(self.keys) and self.keys[i] == key)
 
+# %% ../nbs/03_captioning.ipynb #c0de0012
+class Share:
+    "Which pictures are for this process."
+    def __init__(self,
+        where:str=None, # such as 2/4, the second of four shares; None: what accelerate started this process for, or all
+        device='cpu', # where the model is
+    ):
+        self.i, self.n, self.state = 0, 1, None
+        if where is not None: self.i, self.n = self.read(where)
+        elif int(os.environ.get('WORLD_SIZE', 1)) > 1:
+            from accelerate import PartialState
+            self.state = PartialState(cpu=torch.device(device).type == 'cpu')
+            self.i, self.n = self.state.process_index, self.state.num_processes
+
+    @staticmethod
+    def read(where):
+        m = re.fullmatch(r'(\d+)/(\d+)', str(where))
+        if not m or not 1 <= int(m[1]) <= int(m[2]): raise BoothError(f"where={where!r}; write 2/4 for the second of four shares")
+        return int(m[1]) - 1, int(m[2])
+
+    def __contains__(self, name): return NameSet.key(name) % self.n == self.i
+    @property
+    def first(self): return self.state is None or self.i == 0
+    def meet(self):
+        if self.state: self.state.wait_for_everyone()
+
 # %% ../nbs/03_captioning.ipynb #854d052e
 def prefetched(
     f, # a function of one thing
@@ -702,16 +746,63 @@ def _fitted(path, size, mode):
     except UnicodeEncodeError: return BoothError(f"{path} has a name that is not UTF-8; rename it")
     except Exception as e: return BoothError(f"{path} is damaged ({type(e).__name__}: {e}); copy or save it again")
 
+# %% ../nbs/03_captioning.ipynb #c0de0002
+def name_subject(
+    caption:str, # a sentence
+    token:str, # the subject's name, such as sks
+    noun:str, # what it is, such as dog
+    synonyms=(), # other words for it, such as puppy
+)->str: # the sentence with `token noun` in it, or unchanged if it holds none of the words
+    "Put the subject's name in the place of its noun and its article."
+    words = '|'.join(re.escape(o) for o in sorted([noun, *synonyms], key=len, reverse=True))
+    return re.sub(rf'\b(?:(?:an?|the) )?(?:{words})\b', lambda m: f'{token} {noun}', caption, count=1, flags=re.I)
+
+# %% ../nbs/03_captioning.ipynb #c0de0005
+@dataclass
+class Wording:
+    "How captions are written down."
+    template:str = '{caption}' # with {caption}, and {token} and {noun} where they are given
+    token:str = '' # the subject's name; with `noun`, it takes the noun's place in the caption
+    noun:str = '' # what the subject is
+    synonyms:list = field(default_factory=list) # other words for it
+    prefix:str = '' # goes in front of everything
+    suffix:str = '' # goes behind everything
+    def __post_init__(self):
+        self.synonyms = listify(self.synonyms)
+        for k, v in asdict(self).items():
+            if not all(isinstance(o, str) for o in listify(v)): raise BoothError(f"{k}={v!r} is not a string; give words")
+        try: holes = {h for _, h, _, _ in string.Formatter().parse(self.template) if h is not None}
+        except ValueError as e: raise BoothError(f"template {self.template!r} cannot be read ({e}); write a single brace twice") from None
+        known = ['caption', *(k for k in ('token', 'noun') if getattr(self, k))]
+        if holes - set(known): raise BoothError(f"the template {self.template!r} has a hole {{{min(holes - set(known))}}}; the holes are {', '.join(f'{{{o}}}' for o in known)}")
+        if 'caption' not in holes: raise BoothError(f"the template {self.template!r} has no {{caption}}; write it where the caption belongs")
+        if self.synonyms and not (self.token and self.noun): raise BoothError(f"synonyms={self.synonyms} without token and noun; give both, or leave it out")
+
+    def __call__(self,
+        caption:str, # what the captioner read
+    )->str: # what is written down
+        if self.token and self.noun: caption = name_subject(caption, self.token, self.noun, self.synonyms)
+        return self.prefix + self.template.format(caption=caption, token=self.token, noun=self.noun) + self.suffix
+
 # %% ../nbs/03_captioning.ipynb #125381f9
-def _record(name, c):
+def _record(name, c, wording):
     "A caption as a line of metadata; the picture is let go of."
-    more = dict(alternatives=[o.text for o in c.alternatives]) if c.alternatives else {}
+    more = dict(alternatives=[wording(o.text) for o in c.alternatives]) if c.alternatives else {}
     score, log_prob = (round(v, 4) if np.isfinite(v) else None for v in (c.score, c.log_prob))
-    return dict(file_name=name, text=c.text, score=score, log_prob=log_prob, **more)
+    return dict(file_name=name, text=wording(c.text), score=score, log_prob=log_prob, **more)
 
 def _error_record(name, e, folder):
     "An error as a line of errors.jsonl."
     return dict(file_name=name.encode(errors='backslashreplace').decode(), error=str(e).removeprefix(str(Path(folder)/name)).strip())
+
+# %% ../nbs/03_captioning.ipynb #c0de0031
+def _check_folder_options(prompt, batch_size, fit, workers, wording):
+    "What can be refused without a look at the pictures."
+    _check_batch(batch_size)
+    if workers is not None and (type(workers) is not int or workers < 1): raise BoothError(f"workers={workers!r}; it must be a whole number of 1 or more")
+    if not (prompt is None or isinstance(prompt, str)): raise BoothError(f"prompt {prompt!r} is not a string; files have one prompt for all of them")
+    if not isinstance(wording, (Wording, type(None))): raise BoothError(f"wording={wording!r} is a {type(wording).__name__}; give Wording('a photo of {{caption}}')")
+    fit_image(Image.new('RGB', (8, 8)), 8, fit)
 
 # %% ../nbs/03_captioning.ipynb #11e8c648
 @patch
@@ -724,9 +815,12 @@ def caption_files(self:Captioner,
     workers:int=None, # threads that read pictures; None: one for each core, at most 8
     strict:bool=False, # stop at a picture that cannot be read
     size:int=None, # side in pixels; None: what the checkpoint saw
+    wording:Wording=None, # how captions are written down; None: as they are
     **decoding, # any keyword of transformers' `generate`
 ): # for each batch (records of captions, records of errors)
     "Caption files batch by batch, reading ahead."
+    _check_folder_options(prompt, batch_size, fit, workers, wording)
+    self.check_size(size)
     o, workers = self.processor.image_processor.size, workers or min(8, os.cpu_count() or 1)
     side = size or (o['height'], o['width'])
     def read(name): return name, _fitted(Path(folder)/name, side, fit)
@@ -735,7 +829,7 @@ def caption_files(self:Captioner,
         if bad and strict: raise bad[0][1]
         good = [(name, x) for name, x in part if not isinstance(x, BoothError)]
         caps = self([x for _, x in good], prompt, batch_size, fit, size, **decoding) if good else []
-        yield [_record(name, c) for (name, _), c in zip(good, caps)], [_error_record(*o, folder) for o in bad]
+        yield [_record(name, c, wording or Wording()) for (name, _), c in zip(good, caps)], [_error_record(*o, folder) for o in bad]
 
 # %% ../nbs/03_captioning.ipynb #5dcd441a
 def append_synced(
@@ -747,7 +841,8 @@ def append_synced(
     if not data: return
     try:
         with open(path, 'ab', buffering=0) as f:
-            start = f.tell()
+            if flock: flock(f, LOCK_EX)                        # other processes of the same run write to it, too
+            start = f.seek(0, os.SEEK_END)
             try:
                 while data: data = data[f.write(data):]
                 os.fsync(f.fileno())
@@ -815,7 +910,7 @@ def __repr__(self:FolderCaptions):
 def folder_settings(self:Captioner, folder, log, prompt, fit, config, rest):
     "All that decides the captions of a folder, ready for JSON."
     where = '.' if Path(folder).resolve() == Path(log).parent.resolve() else str(Path(folder).resolve())
-    more = {k: v if type(v) in (str, int, float, bool, list) else getattr(v, '__name__', type(v).__name__) for k, v in rest.items()}
+    more = {k: v if type(v) in (str, int, float, bool, list, dict) else getattr(v, '__name__', type(v).__name__) for k, v in rest.items()}
     ours = dict(folder=where, model=weights_hash(self.model.named_parameters()), dtype=str(self.dtype)[6:], prompt=prompt or '', fit=fit, **more)
     options = {k: v for k, v in config.to_diff_dict().items() if k not in ('transformers_version', 'blipbooth')}
     return json.loads(json.dumps(dict(options, blipbooth=ours), default=str))
@@ -876,23 +971,18 @@ def _extension(x):
         raise BoothError(f"caption_extension={x!r} is not for text; give .txt or .caption")
     return ext
 
-def _check_folder_options(prompt, batch_size, fit, workers):
-    "What `caption_folder` can refuse without a look at the folder."
-    _check_batch(batch_size)
-    if workers is not None and (type(workers) is not int or workers < 1): raise BoothError(f"workers={workers!r}; it must be a whole number of 1 or more")
-    if not (prompt is None or isinstance(prompt, str)): raise BoothError(f"prompt {prompt!r} is not a string; a folder has one prompt for all its pictures")
-    fit_image(Image.new('RGB', (8, 8)), 8, fit)
-
 # %% ../nbs/03_captioning.ipynb #1079e3df
 @patch
-def _plan_folder(self:Captioner, folder, out, recursive, prompt, batch_size, fit, size, workers, overwrite, decoding):
+def _plan_folder(self:Captioner, folder, out, recursive, prompt, batch_size, fit, size, workers, overwrite, wording, decoding):
     "Look at everything that can be wrong; (run, number of pictures, settings, whether to go on)."
-    _check_folder_options(prompt, batch_size, fit, workers)
+    _check_folder_options(prompt, batch_size, fit, workers, wording)
     self.check_size(size)
     n, res = count_pictures(folder, recursive), _folder_captions(folder, out)
     longest = len(self.prompt_ids(prompt, 1)[0])
     config, rest = decoding_config(longest=longest, positions=self.text_config.max_position_embeddings, **decoding)
-    settings = self.folder_settings(res.folder, res.log, prompt, fit, config, rest if size is None else dict(rest, size=size))
+    more = dict(size=size) if size is not None else {}
+    if wording is not None: more['wording'] = asdict(wording)
+    settings = self.folder_settings(res.folder, res.log, prompt, fit, config, {**rest, **more})
     return res, n, settings, res.goes_on(settings, overwrite)
 
 # %% ../nbs/03_captioning.ipynb #9844200a
@@ -910,13 +1000,10 @@ def _only_run(log):
 # %% ../nbs/03_captioning.ipynb #6e34b3bf
 @patch
 def _open_log(self:FolderCaptions, go_on, sidecar):
-    "Make the logs ready; the names that are done, with their sidecars made up for."
+    "Make the logs ready, and make up for sidecars."
     for o in [self.errors_file] if go_on else [self.log, self.errors_file]: o.unlink(missing_ok=True)
     mend_log(self.log)
     if sidecar: self._write_sidecars(self, **sidecar)
-    done = NameSet(o['file_name'] for o in self)
-    self.there = len(done)
-    return done
 
 # %% ../nbs/03_captioning.ipynb #c0ad0bdd
 @patch
@@ -937,7 +1024,11 @@ def _work(self:FolderCaptions, batches, settings, overwrite, bar, sidecar):
         if sidecar: self._write_sidecars(done, **sidecar)
         self.new, self.bad = self.new + len(done), self.bad + len(bad)
         bar.update(len(done) + len(bad))
+@patch
+def _sum_up(self:FolderCaptions, settings, share):
+    "What all processes did, once they have met."
     if self.log.exists(): save_json(self.config_file, settings)
+    if share.state: self.new, self.bad = sum(1 for _ in self) - self.there, sum(1 for _ in self.errors)
 
 # %% ../nbs/03_captioning.ipynb #3672926e
 @patch
@@ -954,17 +1045,27 @@ def caption_folder(self:Captioner,
     caption_extension:str='.txt', # of the sidecars
     workers:int=None, # threads that read pictures; None: one for each core, at most 8
     size:int=None, # side in pixels; None: what the checkpoint saw
+    wording:Wording=None, # template, prefix, suffix, the subject's name; None: captions as they are
+    where:str=None, # such as 2/4, the second of four shares; None: what accelerate started this process for, or all
     **decoding, # `preset`, `seed`, `force_words`, `avoid_words`, and any keyword of transformers' `generate`
 )->FolderCaptions: # counts and places; going through it reads the records
     "Caption a folder of any size; the same call goes on with one that was interrupted."
-    start, ext = time.perf_counter(), _extension(caption_extension)
-    res, n, settings, go_on = self._plan_folder(folder, out, recursive, prompt, batch_size, fit, size, workers, overwrite, decoding)
+    start, ext, share = time.perf_counter(), _extension(caption_extension), Share(where, self.device)
+    if share.state: self.model.to(share.state.device)
+    res, n, settings, go_on = self._plan_folder(folder, out, recursive, prompt, batch_size, fit, size, workers, overwrite, wording, decoding)
     side = dict(extension=ext, overwrite=overwrite) if sidecars else {}
     if sidecars: out_dir(res.folder)
-    with for_writing(res.log.parent), _only_run(res.log):
-        done = res._open_log(go_on, side)
-        names = (o for o in picture_files(res.folder, recursive) if o not in done)
-        batches = self.caption_files(names, res.folder, prompt, batch_size, fit, workers, strict, size, **decoding)
-        with progress(total=max(0, n - len(done)), desc='captions') as bar: res._work(batches, settings, overwrite, bar, side)
+    share.meet()                                              # all have looked before one of them writes
+    with for_writing(res.log.parent), _only_run(res.log) if share.first else nullcontext():
+        if share.first: res._open_log(go_on, side)
+        share.meet()
+        done = NameSet(o['file_name'] for o in res)
+        res.there = len(done)
+        share.meet()                                          # all know what is done before one of them adds to it
+        names = (o for o in picture_files(res.folder, recursive) if o in share and o not in done)
+        batches = self.caption_files(names, res.folder, prompt, batch_size, fit, workers, strict, size, wording, **decoding)
+        with progress(total=max(0, n - len(done))//share.n, desc='captions') as bar: res._work(batches, settings, overwrite, bar, side)
+        share.meet()
+        if share.first: res._sum_up(settings, share)
     res.seconds = time.perf_counter() - start
     return res
