@@ -38,19 +38,28 @@ def caption(
     num_beams:int=None,          # beams of the search, 1 to 10; without it, 3
     max_new_tokens:int=None,     # longest caption, tokens; without it, 20
     batch_size:int=32,           # pictures at a time
+    template:str='{caption}',    # how a caption is written down, with {caption}, {token} and {noun}
+    token:str='',                # the subject's name, such as sks; with --noun, it takes the noun's place
+    noun:str='',                 # what the subject is, such as fox
+    synonyms:str='',             # other words for it, with commas between them
+    prefix:str='',               # goes in front of everything
+    suffix:str='',               # goes behind everything
+    where:str=None,              # one share of a folder, such as 2/4
 ):
     "Caption pictures."
     from pathlib import Path
-    from blipbooth.captioning import Captioner
+    from blipbooth.captioning import Captioner, Wording
     from blipbooth.core import BoothError
     decoding = dict(preset=preset, seed=seed, num_beams=num_beams, max_new_tokens=max_new_tokens)
     how = dict(prompt=prompt, batch_size=batch_size, fit=fit, **{k: v for k, v in decoding.items() if v is not None})
+    said = Wording(template, token, noun, [o.strip() for o in synonyms.split(',') if o.strip()], prefix, suffix)
     if out or sidecars:
         if Path(path).is_file(): raise BoothError(f"{path} is one picture; --out and --sidecars are for folders: give the folder, or leave them out")
-        print(Captioner.from_pretrained(model).caption_folder(path, out, sidecars, recursive, overwrite=overwrite, strict=strict, caption_extension=caption_extension, **how))
-    elif overwrite: raise BoothError("--overwrite without --out or --sidecars: nothing is written; add one of them or leave it out")
-    elif Path(path).is_dir(): _print_captions(model, path, recursive, strict, how)
-    else: print(f'{Path(path).name}\t{Captioner.from_pretrained(model)(path, **how)[0]}')
+        done = Captioner.from_pretrained(model).caption_folder(path, out, sidecars, recursive, overwrite=overwrite, strict=strict, caption_extension=caption_extension, wording=None if said == Wording() else said, where=where, **how)
+        if os.environ.get('RANK', '0') == '0': print(done)
+    elif overwrite or where: raise BoothError(f"--{'overwrite' if overwrite else 'where'} without --out or --sidecars: nothing is written; add one of them or leave it out")
+    elif Path(path).is_dir(): _print_captions(model, path, recursive, strict, {**how, 'wording': said})
+    else: print(f'{Path(path).name}\t{said(str(Captioner.from_pretrained(model)(path, **how)[0].text))}')
 
 # %% ../nbs/22_cli.ipynb #9906daae
 def _print_captions(model, path, recursive, strict, how):

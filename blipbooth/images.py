@@ -74,10 +74,10 @@ def _from_array(x, name='the array', lo=0):
     return _rgb(Image.fromarray(x[..., 0] if x.ndim == 3 and x.shape[-1] == 1 else x))
 
 def _from_tensor(x, name='the tensor'):
-    "An RGB picture from a tensor (3, h, w) in [-1, 1]."
+    "An RGB picture from a tensor (3, h, w) in [0, 1], or in [-1, 1] where a value is below 0."
     x = x.detach().cpu()
     x = (x.float() if x.is_floating_point() else x).numpy()
-    return _from_array(np.moveaxis(x, 0, -1) if x.ndim == 3 else x, name, lo=-1)
+    return _from_array(np.moveaxis(x, 0, -1) if x.ndim == 3 else x, name, lo=-1 if x.size and x.min() < 0 else 0)
 
 # %% ../nbs/01_images.ipynb #eed45487
 _smallest = 8 # pixels on a side
