@@ -673,7 +673,7 @@ def made_with(
     concepts, # what was learned
 ) -> dict:
     "What must not change between a run and its resumption."
-    free = ['out', 'photos', 'preset', 'concepts', 'data.masks', 'data.cache', 'trackers'] + [k for k in config_fields() if k.startswith(('checkpoint.', 'prints.'))] + ['steps']*(cfg.schedule == 'constant')
+    free = ['out', 'photos', 'min_photos', 'preset', 'concepts', 'data.masks', 'data.cache', 'trackers'] + [k for k in config_fields() if k.startswith(('checkpoint.', 'prints.'))] + ['steps']*(cfg.schedule == 'constant')
     info = {k: v for k, v in _flat(cfg).items() if k not in free}
     all_of = lambda f: [x for c in concepts for x in f(c)]
     info |= dict(photo_hashes=all_of(lambda c: [p.hash for p in c.photos]), captions=all_of(lambda c: c.captions), priors=all_of(lambda c: [r['hash'] for r in c.priors.kept] if c.priors else []))
@@ -742,6 +742,7 @@ def build_learner(
     own = [NaNGuard(), Progress(), Interrupts(), LetGo(*spare_parts(pipe, cfg)), *_halved(pipe, cfg), *([EMA(cfg.ema)] if cfg.ema else []), *([Track(config=_flat(cfg), logs=Path(out)/'logs' if out else None)] if cfg.trackers else [])]
     return Learner(net, data, loss, opt, cfg.steps, make_schedule(cfg, opt), [*own, *keep, *cbs], acc, cfg.batch_size, cfg.accumulate, cfg.clip)
 
+# %% ../nbs/13_dreambooth.ipynb #b7d1c002
 _HALF = dict(bf16=torch.bfloat16, fp16=torch.float16)
 
 def _halved(pipe, cfg):
