@@ -661,7 +661,8 @@ def fingerprint(
 def _glance(named):
     "What changes when any of the weights does."
     whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    with torch.no_grad(): sums = torch.stack([p.detach().view(whole[p.element_size()]).sum() for _, p in named]).tolist() # one wait for a GPU, not one a tensor
+    sums = [p.detach().view(whole[p.element_size()]).sum() for _, p in named]
+    sums = torch.stack(sums).tolist() if len({s.device for s in sums}) == 1 else [s.item() for s in sums] # one wait for a GPU, not one a tensor
     return [(name, p.dtype, tuple(p.shape), p.data_ptr(), 0 if p.is_inference() else p._version, s) for (name, p), s in zip(named, sums)]
 
 # %% ../nbs/08_sampling.ipynb #840426fd
