@@ -542,12 +542,12 @@ def _mask(photo, size, shape):
 def _inference(pipe):
     "Eval mode and no gradients; every module's own mode comes back at the end."
     parts = pipe.unet, pipe.text_encoder, pipe.vae
-    was = [(m, m.training) for part in parts for m in part.modules()]
+    trained = [m for part in parts for m in part.modules() if m.training]
     try:
-        for part in parts: part.eval()
+        for m in trained: m.training = False
         with torch.no_grad(): yield
     finally:
-        for m, mode in was: m.training = mode
+        for m in trained: m.training = True
 
 @contextmanager
 def _tiled(vae, tiling=None):
@@ -565,7 +565,7 @@ def _latent_shape(pipe, size):
 def _batch_size(pipe, size):
     "How many images of this height and width go through the UNet at once."
     _, h, w = _latent_shape(pipe, size)
-    return max(1, min(32, (8 if pipe._execution_device.type == 'cuda' else 4)*64*64 // (h*w)))
+    return max(1, min(32, (8 if next(pipe.unet.parameters()).device.type == 'cuda' else 4)*64*64 // (h*w)))
 
 def _cut(jobs, batch):
     "Jobs in batches."
@@ -588,9 +588,9 @@ def _texts(pipe, jobs, long, restore_mean):
               for t, e in zip(texts, encode_prompts(pipe, texts, long=long, chunks=k, restore_mean=restore_mean))}
     return embeds, pieces
 
-def _halves(pipe, jobs, embeds, k, guidance):
+def _halves(pipe, jobs, embeds, k, guidance, where):
     "What the UNet is asked about: the texts of each image, in the order of `Guidance.mix`."
-    stack = lambda texts: torch.stack([embeds[o, k] for o in texts]).to(pipe._execution_device, pipe.unet.dtype)
+    stack = lambda texts: torch.stack([embeds[o, k] for o in texts]).to(**where)
     prompts, negatives = [o.prompt for o in jobs], [o.negative for o in jobs]
     if pipe.unet.config.time_cond_proj_dim is not None: return [stack(prompts)]
     if guidance.how != 'perp-neg' or not any(negatives): return [stack(negatives), stack(prompts)]
@@ -604,7 +604,7 @@ def _print_batch(pipe, jobs, embeds, k, size, guidance, return_latents, **kwargs
     doses = [o.g for o in jobs]
     guidance = dataclasses.replace(guidance, g=doses[0] if len(set(doses)) == 1 else doses)
     known, mask = (o if o is None else o.to(**where) for o in _known(pipe, jobs, size))
-    latents = denoise(pipe, first.to(**where), _halves(pipe, jobs, embeds, k, guidance), guidance=guidance, known=known, mask=mask,
+    latents = denoise(pipe, first.to(**where), _halves(pipe, jobs, embeds, k, guidance, where), guidance=guidance, known=known, mask=mask,
         generators=generators, **_guidance_input(pipe, doses), **kwargs)
     return latents if return_latents else decode(pipe, latents)
 
