@@ -221,7 +221,7 @@ def fill(
     for o in re.findall(r'\{(\w*)\}', prompt):
         if o != 'subject': raise BoothError(f"the prompt {prompt!r} has a place {{{o}}}, and only {{subject}} can be filled; did you mean {{subject}}?")
     if '{subject}' not in prompt: return prompt
-    if not subject: raise BoothError(f"the prompt {prompt!r} has a place for a subject, and there is none; give it, such as subject='sks dog'")
+    if not str(subject or '').strip(): raise BoothError(f"the prompt {prompt!r} has a place for a subject, and there is none; give it, such as subject='sks dog'")
     return prompt.replace('{subject}', str(subject))
 
 # %% ../nbs/08_sampling.ipynb #07722bbf
@@ -511,7 +511,7 @@ def _check_strength(steps, strength, init, mask):
         return None
     strength = (0.8 if mask is None else 1.) if strength is None else strength
     if not _within(strength, 1e-9, 1): raise BoothError(f"strength is {strength}; it must be above 0 and at most 1, 0.8 is usual")
-    if int(steps*strength) < 1: raise BoothError(f"strength {strength} of {steps} steps leaves none; make it at least {math.ceil(100/steps)/100}")
+    if isinstance(steps, numbers.Integral) and int(steps*strength) < 1: raise BoothError(f"strength {strength} of {steps} steps leaves none; make it at least {math.ceil(100/steps)/100}")
     return strength
 
 # %% ../nbs/08_sampling.ipynb #0f3f59e9
@@ -819,6 +819,8 @@ def sweep(
     known = [k for k in inspect.signature(sample).parameters if k not in ('pipe', 'n', 'callback', 'return_latents', 'batch')]
     for name in (row, col, *kwargs):
         if name not in known: raise BoothError(f"no parameter {name!r} to sweep; did you mean {nearest(name, known, 0.)!r}?")
+    twice = {row} & {col} or {row, col} & {*kwargs}
+    if twice: raise BoothError(f"{min(twice)} is given twice; give it once, on one axis or for the whole table")
     if 'prompt' not in (row, col, *kwargs): raise BoothError("nothing says what to print; give prompt=, or make it an axis")
     return _table([_line(pipe, col, cols, {**kwargs, row: o}) for o in rows], [_label(row, o) for o in rows], [_label(col, o) for o in cols], cell)
 
