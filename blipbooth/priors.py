@@ -114,7 +114,10 @@ def _adopted(folder, class_noun, matcher, threshold, dedupe):
     photos = load_images(folder)
     looked = _looks(matcher, photos, class_noun)
     tries = {i: dict(index=i, prompt=article(class_noun), seed=None, score=s, vector=v, hash=file_hash(p.path), file=p.path.name) for i, (p, s, v) in enumerate(zip(photos, *looked))}
-    return decide(tries, len(tries), threshold if matcher else None, dedupe)
+    records = decide(tries, len(tries), threshold if matcher else None, dedupe)
+    if any(r['kept'] for r in records): return records
+    best = max(records, key=lambda r: r['score'])
+    raise BoothError(f"none of the {len(records)} pictures in {folder} shows {article(class_noun)} (threshold {threshold}; the best rejected: {best['why']}, {folder/best['file']}); lower the threshold, or check the class noun")
 
 def _looks(matcher, images, class_noun):
     "Scores and packed embeddings of pictures; Nones without a matcher."
@@ -131,6 +134,12 @@ def _whole(records, fields, path, folder):
         if lacks: raise BoothError(f"{path}, line {i}, has no {lacks[0]}; remove {folder} and make the priors again")
         if not isinstance(r.get('file', ''), str): raise BoothError(f"{path}, line {i}, names the file {r['file']!r}, which is no text; remove {folder} and make the priors again")
     return records
+
+def _manifest(folder):
+    "The records of a folder's manifest; [] where there is none."
+    path = folder/'manifest.jsonl'
+    if path.exists() and not path.read_bytes().endswith(b'\n'): raise BoothError(f"{path} is cut off; remove {folder} and make the priors again")
+    return read_jsonl(path)
 
 def _checked(folder, records):
     "The set, if its files are what the records say."
@@ -154,7 +163,7 @@ def load_priors(
     _check_choice(threshold, dedupe)
     folder = Path(folder).expanduser()
     if not folder.is_dir(): raise BoothError(f"there is no folder of class images {folder}; check the path")
-    records = read_jsonl(folder/'manifest.jsonl')
+    records = _manifest(folder)
     if not records and (folder/'settings.json').exists(): raise BoothError(f"the class images in {folder} are not finished; make them again with the same settings, and they go on")
     return _checked(folder, records or _adopted(folder, class_noun, matcher, threshold, dedupe))
 
@@ -170,6 +179,11 @@ def _cache(settings):
     root = Path(os.environ.get('BLIPBOOTH_CACHE') or '~/.cache/blipbooth').expanduser()
     return root/'priors'/f"{settings['class_noun'].replace(' ', '-')}-{file_hash(json.dumps(settings, sort_keys=True).encode())}"
 
+def _differ(a, b):
+    "The names of the settings that are not equal; of a judge, its parts."
+    names = [k for k in {**a, **b} if a.get(k) != b.get(k)]
+    return [o for k in names for o in (_differ(a[k], b[k]) if isinstance(a.get(k), dict) and isinstance(b.get(k), dict) and k == 'matcher' else [k])]
+
 def _owned(folder, settings):
     "The folder, which these settings own from now on."
     f = folder/'settings.json'
@@ -178,7 +192,7 @@ def _owned(folder, settings):
         save_json(f, settings)
     old = load_json(f)
     if not isinstance(old, dict): raise BoothError(f"{f} does not hold settings; remove {folder} and make the priors again")
-    differ = [k for k in {**old, **settings} if old.get(k) != settings.get(k)]
+    differ = _differ(old, settings)
     if differ: raise BoothError(f"{folder} holds class images made with another {', '.join(differ)}; choose another folder or remove it")
     return folder
 
@@ -215,7 +229,7 @@ def claim(self:_Work): # (lock, tries) of a block that nobody else draws; (None,
 @patch
 def done(self:_Work): # Priors, or None
     "The first n of a finished set, without a look at its tries."
-    records = _checked(self.folder, read_jsonl(self.folder/'manifest.jsonl')).records
+    records = _checked(self.folder, _manifest(self.folder)).records
     kept = list(itertools.accumulate(r['kept'] for r in records))
     return Priors(self.folder, records[:kept.index(self.n) + 1]) if self.n in kept else None
 
@@ -265,7 +279,8 @@ def make_priors(
 ) -> Priors:
     "Draw class images, keep the good ones, log them all; an interrupted call goes on."
     if matcher is not None and not hasattr(matcher, 'match'): raise BoothError(f"matcher is {matcher!r}; give a Matcher, such as Matcher.from_pretrained()")
-    prompts = _as_list(prompts or class_prompts(class_noun))
+    plain = class_prompts(class_noun)
+    prompts = _as_list(plain if prompts is None else prompts)
     how = dict(how, steps=steps, guidance=guidance)
     _check(pipe, n, seed, prompts, threshold, dedupe, batch, tries, how)
     settings = _settings(pipe, class_noun, seed, prompts, matcher, threshold, dedupe, how)
@@ -317,14 +332,14 @@ def _give_up(work, records, threshold, class_noun):
     refused = [r for r in records if not r['kept']]
     best = max(refused, key=lambda r: r['score'])
     raise BoothError(f"only {len(records) - len(refused)} of {work.n} class images were kept in {len(records)} tries at {article(class_noun)} (threshold {threshold}; "
-                     f"the best rejected: {best['why']}, {work.folder/best['file']}); lower the threshold, raise tries, or check the class noun")
+                     f"the best rejected: {best['why']}, {work.folder/best['file']}); raise tries, lower the threshold for another folder, or check the class noun")
 
 # %% ../nbs/09_priors.ipynb #63f5821f
 class _ClassHalf:
     "A training set whose class samples are made when they are asked for; as a callback, it puts itself in place."
     order = 5
     def __init__(self, pipe, class_noun, seed, prompts):
-        self.pipe, self.seed, self.prompts, self.data, self.per_step = pipe, seed, _as_list(prompts or class_prompts(class_noun)), None, 1
+        self.pipe, self.seed, self.prompts, self.data, self.per_step = pipe, seed, _as_list(class_prompts(class_noun) if prompts is None else prompts), None, 1
         _check_prompts(pipe, self.prompts)
         self.mark, self.scale, self.T = fingerprint(pipe), pipe.vae.config.scaling_factor, pipe.scheduler.config.num_train_timesteps
         self.ids = pipe.tokenizer(self.prompts, padding='max_length', max_length=_token_limit(pipe), return_tensors='pt').input_ids

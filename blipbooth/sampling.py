@@ -221,7 +221,7 @@ def fill(
     for o in re.findall(r'\{(\w*)\}', prompt):
         if o != 'subject': raise BoothError(f"the prompt {prompt!r} has a place {{{o}}}, and only {{subject}} can be filled; did you mean {{subject}}?")
     if '{subject}' not in prompt: return prompt
-    if not subject: raise BoothError(f"the prompt {prompt!r} has a place for a subject, and there is none; give it, such as subject='sks dog'")
+    if not str(subject or '').strip(): raise BoothError(f"the prompt {prompt!r} has a place for a subject, and there is none; give it, such as subject='sks dog'")
     return prompt.replace('{subject}', str(subject))
 
 # %% ../nbs/08_sampling.ipynb #07722bbf
@@ -511,7 +511,7 @@ def _check_strength(steps, strength, init, mask):
         return None
     strength = (0.8 if mask is None else 1.) if strength is None else strength
     if not _within(strength, 1e-9, 1): raise BoothError(f"strength is {strength}; it must be above 0 and at most 1, 0.8 is usual")
-    if int(steps*strength) < 1: raise BoothError(f"strength {strength} of {steps} steps leaves none; make it at least {math.ceil(100/steps)/100}")
+    if isinstance(steps, numbers.Integral) and int(steps*strength) < 1: raise BoothError(f"strength {strength} of {steps} steps leaves none; make it at least {math.ceil(100/steps)/100}")
     return strength
 
 # %% ../nbs/08_sampling.ipynb #0f3f59e9
@@ -542,12 +542,12 @@ def _mask(photo, size, shape):
 def _inference(pipe):
     "Eval mode and no gradients; every module's own mode comes back at the end."
     parts = pipe.unet, pipe.text_encoder, pipe.vae
-    was = [(m, m.training) for part in parts for m in part.modules()]
+    trained = [m for part in parts for m in part.modules() if m.training]
     try:
-        for part in parts: part.eval()
+        for m in trained: m.training = False
         with torch.no_grad(): yield
     finally:
-        for m, mode in was: m.training = mode
+        for m in trained: m.training = True
 
 @contextmanager
 def _tiled(vae, tiling=None):
@@ -565,7 +565,7 @@ def _latent_shape(pipe, size):
 def _batch_size(pipe, size):
     "How many images of this height and width go through the UNet at once."
     _, h, w = _latent_shape(pipe, size)
-    return max(1, min(32, (8 if pipe._execution_device.type == 'cuda' else 4)*64*64 // (h*w)))
+    return max(1, min(32, (8 if next(pipe.unet.parameters()).device.type == 'cuda' else 4)*64*64 // (h*w)))
 
 def _cut(jobs, batch):
     "Jobs in batches."
@@ -588,9 +588,9 @@ def _texts(pipe, jobs, long, restore_mean):
               for t, e in zip(texts, encode_prompts(pipe, texts, long=long, chunks=k, restore_mean=restore_mean))}
     return embeds, pieces
 
-def _halves(pipe, jobs, embeds, k, guidance):
+def _halves(pipe, jobs, embeds, k, guidance, where):
     "What the UNet is asked about: the texts of each image, in the order of `Guidance.mix`."
-    stack = lambda texts: torch.stack([embeds[o, k] for o in texts]).to(pipe._execution_device, pipe.unet.dtype)
+    stack = lambda texts: torch.stack([embeds[o, k] for o in texts]).to(**where)
     prompts, negatives = [o.prompt for o in jobs], [o.negative for o in jobs]
     if pipe.unet.config.time_cond_proj_dim is not None: return [stack(prompts)]
     if guidance.how != 'perp-neg' or not any(negatives): return [stack(negatives), stack(prompts)]
@@ -604,7 +604,7 @@ def _print_batch(pipe, jobs, embeds, k, size, guidance, return_latents, **kwargs
     doses = [o.g for o in jobs]
     guidance = dataclasses.replace(guidance, g=doses[0] if len(set(doses)) == 1 else doses)
     known, mask = (o if o is None else o.to(**where) for o in _known(pipe, jobs, size))
-    latents = denoise(pipe, first.to(**where), _halves(pipe, jobs, embeds, k, guidance), guidance=guidance, known=known, mask=mask,
+    latents = denoise(pipe, first.to(**where), _halves(pipe, jobs, embeds, k, guidance, where), guidance=guidance, known=known, mask=mask,
         generators=generators, **_guidance_input(pipe, doses), **kwargs)
     return latents if return_latents else decode(pipe, latents)
 
@@ -661,7 +661,8 @@ def fingerprint(
 def _glance(named):
     "What changes when any of the weights does."
     whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    with torch.no_grad(): sums = torch.stack([p.detach().view(whole[p.element_size()]).sum() for _, p in named]).tolist() # one wait for a GPU, not one a tensor
+    sums = [p.detach().view(whole[p.element_size()]).sum() for _, p in named]
+    sums = torch.stack(sums).tolist() if len({s.device for s in sums}) == 1 else [s.item() for s in sums] # one wait for a GPU, not one a tensor
     return [(name, p.dtype, tuple(p.shape), p.data_ptr(), 0 if p.is_inference() else p._version, s) for (name, p), s in zip(named, sums)]
 
 # %% ../nbs/08_sampling.ipynb #840426fd
@@ -818,6 +819,8 @@ def sweep(
     known = [k for k in inspect.signature(sample).parameters if k not in ('pipe', 'n', 'callback', 'return_latents', 'batch')]
     for name in (row, col, *kwargs):
         if name not in known: raise BoothError(f"no parameter {name!r} to sweep; did you mean {nearest(name, known, 0.)!r}?")
+    twice = {row} & {col} or {row, col} & {*kwargs}
+    if twice: raise BoothError(f"{min(twice)} is given twice; give it once, on one axis or for the whole table")
     if 'prompt' not in (row, col, *kwargs): raise BoothError("nothing says what to print; give prompt=, or make it an axis")
     return _table([_line(pipe, col, cols, {**kwargs, row: o}) for o in rows], [_label(row, o) for o in rows], [_label(col, o) for o in cols], cell)
 
