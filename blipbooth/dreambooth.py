@@ -130,7 +130,7 @@ class DreamBoothConfig:
     "Everything a DreamBooth run is made from."
     preset:str = _f('', 'fast, faithful, low-memory, paper or original: other defaults')
     photos:str = _f('', 'folder with three to five photos of the subject')
-    min_photos:int = _f(1, 'fewest photos that are accepted; a single one teaches its background, too, which is warned of')
+    min_photos:int = _f(2, 'fewest photos that are accepted; a single one, with min_photos=1, teaches its background, too, which is warned of')
     token:str = _f('sks', 'rare token that will mean the subject')
     class_noun:str = _f('', 'what the subject is, such as "fox"')
     out:str = _f('', 'run folder; empty: runs/CLASS_NOUN')
@@ -285,7 +285,7 @@ def check_photos(
 ):
     "Refuse too few photos, or a batch that would hold one twice; warn of a single one."
     n = len(photos)
-    if n < cfg.min_photos: raise BoothError(f"{n} photo{'s'*(n != 1)} of the subject; min_photos={cfg.min_photos} are needed, add more or lower it")
+    if n < cfg.min_photos: raise BoothError(f"{n} photo{'s'*(n != 1)} of the subject; {cfg.min_photos} at least are needed, add more (or say min_photos={n})")
     if cfg.batch_size > n > 1: raise BoothError(f"batch_size={cfg.batch_size} is more than the {n} photos; lower it to {n} (accumulate={math.ceil(cfg.batch_size/n)} adds steps up instead)")
     if n == 1: warnings.warn("one photo of the subject: its background will be learned with it; three to five in different places are better")
 

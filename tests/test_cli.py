@@ -22,6 +22,7 @@ def photos(folder, n):
 
 
 def no_photo(d): return photos(d/'p', 0), 'fox', 'photo'
+def one_photo(d): return photos(d/'p', 1), 'fox', '1 photo'
 def no_folder(d): return d/'nowhere', 'fox', 'nowhere'
 def bad_noun(d): return photos(d/'p', 3), 'quokka', 'pieces'
 
@@ -45,7 +46,7 @@ def one_pixel(d):
     return p, 'fox', '1×1'
 
 
-@pytest.mark.parametrize('make', [no_photo, no_folder, bad_noun, text_file, truncated, one_pixel], ids=lambda f: f.__name__)
+@pytest.mark.parametrize('make', [no_photo, one_photo, no_folder, bad_noun, text_file, truncated, one_pixel], ids=lambda f: f.__name__)
 def test_bad_input_is_one_line_and_leaves_nothing(make, tmp_path):
     folder, noun, said = make(tmp_path)
     before = sorted(tmp_path.rglob('*'))

@@ -189,10 +189,10 @@ def test_bad_configuration(key, words, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_one_photo_is_allowed_and_warned_of(tmp_path):
+def test_one_photo_is_allowed_where_it_is_asked_for_and_warned_of(tmp_path):
     (tmp_path/'one').mkdir()
     (tmp_path/'one'/'0.png').write_bytes((subject_photos('fox')/'0.png').read_bytes())
-    p = start([*said(tmp_path/'run', 'steps=1', 'prior.n=1'), f'photos={tmp_path/"one"}'], tmp_path, stderr=subprocess.PIPE, text=True)
+    p = start([*said(tmp_path/'run', 'steps=1', 'prior.n=1', 'min_photos=1'), f'photos={tmp_path/"one"}'], tmp_path, stderr=subprocess.PIPE, text=True)
     err = p.communicate()[1]
     assert p.returncode == 0 and 'one photo of the subject' in err, err
     assert (tmp_path/'run'/'checkpoints'/'step-000001').exists()
