@@ -6,7 +6,8 @@
 __all__ = ['VERBS', 'demo', 'caption', 'match', 'priors', 'train', 'evaluate', 'sample', 'export', 'doctor', 'parser', 'main']
 
 # %% ../nbs/22_cli.ipynb #0514ca55
-import argparse, inspect, os, sys
+import argparse, inspect, itertools, os, sys, warnings
+from contextlib import contextmanager
 from fastcore.docments import docments
 
 # %% ../nbs/22_cli.ipynb #82af8325
@@ -219,9 +220,13 @@ def sample(
     with for_writing(out) as folder:
         for i, im in enumerate(run_sample(pipe, batch=batch, **recipe)):
             made = im.info['recipe']
-            print(save_print(im, folder/f"{made['seed']:04d}-{i if not like else made['index']:03d}.png"))
+            print(save_print(im, _unused(folder, f"{made['seed']:04d}-{i if not like else made['index']:03d}")))
 
 # %% ../nbs/22_cli.ipynb #4fb343b6
+def _unused(folder, name):
+    "The first of NAME.png, NAME-2.png, NAME-3.png … that is not there: no print is written over."
+    return next(p for p in (folder/f'{name}{k}.png' for k in itertools.chain([''], (f'-{j}' for j in itertools.count(2)))) if not p.exists())
+
 def _span(interval):
     "Two shares of the way from a text such as 0.2,0.6; None for all of it."
     from blipbooth.core import BoothError
@@ -292,6 +297,10 @@ VERBS = (demo, caption, match, priors, train, sample, evaluate, export, doctor)
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     "Defaults behind each option; the list of keys as it is."
 
+class _Parser(argparse.ArgumentParser):
+    "Says what is wrong in one line."
+    def error(self, message): self.exit(2, f'blipbooth: {message}; {self.prog} --help tells more\n')
+
 def _keys():
     "The keys of a configuration, one a line."
     from blipbooth.dreambooth import config_fields
@@ -302,7 +311,7 @@ def parser(
     f, # a verb's function
 ) -> argparse.ArgumentParser:
     "A parser made from a function's signature and docments."
-    p = argparse.ArgumentParser(prog=f'blipbooth {f.__name__}', description=f.__doc__, formatter_class=_Help)
+    p = _Parser(prog=f'blipbooth {f.__name__}', description=f.__doc__, formatter_class=_Help)
     docs = docments(f, full=True)
     for name, par in inspect.signature(f).parameters.items():
         doc, kind = docs[name].docment, par.annotation
@@ -327,6 +336,13 @@ def _call(f, argv):
     first = [a[k] for k, p in kinds.items() if p.kind == p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
     f(*first, *rest, **{k: v for k, v in a.items() if kinds[k].kind != inspect.Parameter.VAR_POSITIONAL and kinds[k].default is not inspect.Parameter.empty})
 
+@contextmanager
+def _plain_warnings():
+    "Warnings in one line, without the code that gives them."
+    was, warnings.formatwarning = warnings.formatwarning, lambda message, *args, **kwargs: f'blipbooth: {message}\n'
+    try: yield
+    finally: warnings.formatwarning = was
+
 def main(
     argv=None, # arguments; None: those of the process
 ):
@@ -342,7 +358,7 @@ def main(
         if argv[0] not in verbs:
             near = nearest(argv[0], verbs)
             raise BoothError(f"no verb {argv[0]!r}" + (f"; did you mean {near!r}?" if near else f"; the verbs are {', '.join(verbs)}"))
-        _call(verbs[argv[0]], argv[1:])
+        with _plain_warnings(): _call(verbs[argv[0]], argv[1:])
     except BoothError as e:
         print(f'blipbooth: {e}', file=sys.stderr)
         raise SystemExit(2)
