@@ -256,6 +256,7 @@ class FixedStep:
         else: run()
         return self.logits
 
+# %% ../nbs/02_decoding.ipynb #78e660fa
 def fixed_step(
     decoder, # `FastDecoder`
     cache:ImageCache, # pictures, and words so far

@@ -511,6 +511,7 @@ def batch_at(
     per = n//bs
     return _order(n, seed, step//per)[(step % per)*bs:(step % per + 1)*bs]
 
+# %% ../nbs/30_emoji.ipynb #70f64c6a
 def jitter(
     x:torch.Tensor, # (b, 3, h, w)
     g:torch.Generator, # on the device of x
@@ -523,6 +524,7 @@ def jitter(
     x = F.grid_sample(x, grid + warp, padding_mode='border', align_corners=False)
     return x*u(.92, 1.08, b, 1, 1, 1) + .02*torch.randn(x.shape, generator=g, device=x.device)
 
+# %% ../nbs/30_emoji.ipynb #249cf0f8
 def covered(
     x:torch.Tensor, # (b, 3, h, w)
     g:torch.Generator, # on the device of x
@@ -537,6 +539,7 @@ def covered(
     hidden = (inside(x.shape[2])[:, :, None] & inside(x.shape[3])[:, None])[:, None] & (u(b, 1, 1, 1) < .5)
     return torch.where(hidden, 4*u(b, 3, 1, 1) - 2, x)
 
+# %% ../nbs/30_emoji.ipynb #a7d4515d
 def autocast(device='cpu'):
     "bfloat16 on a GPU and where the processor multiplies it natively, float32 elsewhere."
     kind = torch.device(device).type
