@@ -6,7 +6,7 @@
 __all__ = ['Booth', 'demo']
 
 # %% ../nbs/20_booth.ipynb #f6a468bc
-import dataclasses, json, os, time
+import dataclasses, json, os, time, warnings
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -16,12 +16,12 @@ from .callbacks import Best, Checkpoints, track_report
 from .captioning import Captioner
 from .concept import Concept, check_name, read_captions
 from .core import BoothError, Settings, atomic_write, load_json, out_dir, read_jsonl, save_json
-from .dreambooth import DreamBoothConfig, build_learner, check_named, check_photos, estimate, load_concepts, open_run, resolution
+from .dreambooth import DreamBoothConfig, build_learner, check_photos, check_run, estimate, load_concepts, open_run, suited_steps
 from .evaluation import Report, measure, prompt_fidelity, recipe, subject_fidelity
 from .images import contact_sheet, load_images
 from .matching import Matcher
 from .priors import article, class_prompts, load_priors, make_priors as draw_priors
-from .sampling import load_pipeline, sample, save_print
+from .sampling import load_pipeline, sample, save_print, suited_guidance
 
 # %% ../nbs/20_booth.ipynb #6443910c
 class Booth:
@@ -44,9 +44,11 @@ class Booth:
         c.photos = str(photos) if isinstance(photos, (str, Path)) else c.photos if photos is None else ''
         own = f"cuda:{os.environ['LOCAL_RANK']}" if device is None and 'LOCAL_RANK' in os.environ and Settings.auto().device == 'cuda' else device  # a GPU a process
         self.cfg, self.device, self.seconds = config, Settings.auto(own).device, {}
-        check_named(c, self.device)
         check_name(self.pipe.tokenizer, c.token, c.class_noun)
-        resolution(c, self.pipe)
+        c.steps = c.steps or suited_steps(self.pipe)
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'one photo')  # has been said
+            check_run(c, self.pipe, self.concepts(lambda photos, prompt: [prompt]*len(photos)))
         c.out = str(out or c.out or Path('runs')/c.class_noun.replace(' ', '-'))
         self.out = out_dir(c.out)
 
@@ -61,6 +63,19 @@ class Booth:
     @property
     def subject(self): return f'{self.cfg.token} {self.cfg.class_noun}'
     def __repr__(self): return f'Booth({self.subject!r}, {len(self.photos)} photos, {self.out.name}/)'
+
+# %% ../nbs/20_booth.ipynb #aff2c529
+def _caption_source(cfg, captioner): return dict(captioner=captioner, sidecars='sidecars', template=None)[cfg.captions]
+
+@patch
+def concepts(self:Booth,
+    captioner, # called where captions come from it
+) -> list:     # of Concept; without the class images that are to be made
+    "What the configuration names: one subject, or several."
+    c = self.cfg
+    if c.concepts: return load_concepts(c, captioner)
+    priors = load_priors(c.prior.folder, c.class_noun) if c.prior.folder and c.prior.weight else None
+    return [Concept(self.photos, c.token, c.class_noun, _caption_source(c, captioner), priors, c.template)]
 
 # %% ../nbs/20_booth.ipynb #8c9d6509
 @patch
@@ -94,8 +109,7 @@ def caption(self:Booth) -> L: # of Caption
 @patch(as_prop=True)
 def train_captions(self:Booth): # list of texts, with the subject's name
     read = lambda photos, prompt: [c.text for c in self.captions]
-    how = dict(captioner=read, sidecars='sidecars', template=None)[self.cfg.captions]
-    return read_captions(self.photos, self.cfg.token, self.cfg.class_noun, how, self.cfg.template)
+    return read_captions(self.photos, self.cfg.token, self.cfg.class_noun, _caption_source(self.cfg, read), self.cfg.template)
 
 # %% ../nbs/20_booth.ipynb #3fd88a39
 @patch
@@ -125,14 +139,14 @@ def draw_class(self:Booth,
 # %% ../nbs/20_booth.ipynb #823d2cf9
 @patch
 def learned(self:Booth) -> list: # of Concept
-    "What is learned: one subject, or those of the configuration; captions and class images that are missing are made."
+    "What is learned; captions and class images that are missing are made."
     c = self.cfg
     if not c.concepts:
         if not hasattr(self, 'captions'): self.caption()
         if c.prior.weight and not hasattr(self, 'priors'): self.make_priors()
         return [Concept(self.photos, c.token, c.class_noun, self.train_captions, self.priors if c.prior.weight else None)]
     with _stage(self, 'priors'):
-        concepts = load_concepts(c, self.captioner)
+        concepts = self.concepts(self.captioner)
         for i, o in enumerate(concepts):
             if c.prior.weight and o.priors is None: o.priors = self.draw_class(o.class_noun, self.out/'priors'/f'{i} {o.token}', o.captions and [o.captions[0].replace(o.subject, o.class_noun)])
     return concepts
@@ -159,7 +173,8 @@ def train(self:Booth,
         concepts = self.learned()
         if not (self.out/'estimate.json').exists(): self.estimate()
     for name in ('pipe', 'captioner', 'matcher', 'model'): self.__dict__.pop(name, None)
-    with _stage(self, 'train'):
+    with _stage(self, 'train'), warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'one photo')
         pipe = load_pipeline(self.cfg.model or None, device=self.device)
         judges = [self.judge(pipe)] if self.cfg.checkpoint.best else []
         self.learner = build_learner(pipe, concepts, self.cfg, self.out, resume=True, cbs=[*judges, *cbs], anyway=anyway).fit()
@@ -177,22 +192,27 @@ def judge(self:Booth,
     c = self.cfg.checkpoint
     asked = [f'{article(self.cfg.class_noun)} {p}' for p in self.places(n)]
     def score(learn):
-        prints = sample(pipe, [f'{article(self.subject)} {p}' for p in self.places(n)], seed=[self.cfg.seed + i for i in range(n)], steps=steps, guidance=4.)
+        prints = sample(pipe, [f'{article(self.subject)} {p}' for p in self.places(n)], seed=[self.cfg.seed + i for i in range(n)], steps=steps, guidance=self.guidance(pipe))
         return subject_fidelity(self.matcher, prints, self.photos) if c.best == 'subject_fidelity' else prompt_fidelity(self.captioner, prints, asked)
     return Best(score, self.out/'logs'/'scores.jsonl', patience=c.patience)
 
 # %% ../nbs/20_booth.ipynb #8af02e62
 @patch
+def guidance(self:Booth, pipe) -> float:
+    "The guidance of a booth's prints: the configured one, or what suits the model."
+    return self.cfg.prints.guidance or suited_guidance(pipe)
+
+@patch
 def print(self:Booth,
     prompt:str,         # such as "a {subject} on a purple background"
     n:int=4,            # how many
     steps:int=30,       # sampling steps
-    guidance:float=5.,  # classifier-free guidance
+    guidance:float=None,# classifier-free guidance; None: what is configured, or suits the model
     seed:int=0,         # image i is a function of (seed, i)
     **kw,               # see `sample`
 ) -> L:                 # of PIL images
     "Print the subject somewhere."
-    return L(sample(self.model, prompt.replace('{subject}', self.subject), n, steps, guidance, seed=seed, **kw))
+    return L(sample(self.model, prompt.replace('{subject}', self.subject), n, steps, self.guidance(self.model) if guidance is None else guidance, seed=seed, **kw))
 
 # %% ../nbs/20_booth.ipynb #ec9617d7
 @patch
@@ -203,7 +223,7 @@ def save_prints(self:Booth,
     "Print once per prompt into the run folder."
     samples = out_dir(self.out/'samples')
     with _stage(self, 'print'):
-        images = sample(self.model, [p.replace('{subject}', self.subject) for p in prompts], seed=[seed + i for i in range(len(prompts))], steps=30, guidance=5.)
+        images = sample(self.model, [p.replace('{subject}', self.subject) for p in prompts], seed=[seed + i for i in range(len(prompts))], steps=30, guidance=self.guidance(self.model))
         return L(save_print(im, samples/f'{i:02d}.png') for i, im in enumerate(images))
 
 # %% ../nbs/20_booth.ipynb #ff0707bd
@@ -223,13 +243,13 @@ def prints_of(self:Booth,
     pipe,         # the model
     name:str,     # what it calls the subject: "fox" or "sks fox"
     steps:int=25, # sampling steps
-    guidance:float=4.,# classifier-free guidance
+    guidance:float=None,# classifier-free guidance; None: what is configured, or suits the model
     seed:int=1000,# image i has seed `seed + i`
     n_class:int=64,# class images; PRES of 16 wavers by 0.014, of 64 by half of that
 ):                # (prints of the name in `places()`, class images)
     "What evaluation looks at, for one model."
     prompts = [f'{article(name)} {p}' for p in self.places()]
-    kw = dict(steps=steps, guidance=guidance)
+    kw = dict(steps=steps, guidance=self.guidance(pipe) if guidance is None else guidance)
     return sample(pipe, prompts, seed=[seed + i for i in range(len(prompts))], **kw), sample(pipe, article(self.cfg.class_noun), n_class, seed=seed, **kw)
 
 # %% ../nbs/20_booth.ipynb #6e85a531

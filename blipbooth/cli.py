@@ -175,7 +175,7 @@ def _dry_run(booth):
 def evaluate(
     run:str,           # run folder
     steps:int=25,      # sampling steps
-    guidance:float=4., # classifier-free guidance
+    guidance:float=None, # classifier-free guidance; without one, what is configured, or suits the model
     n_class:int=64,    # class images, before and after
 ):
     "Measure a trained run; writes report.json and report.html."
@@ -191,7 +191,7 @@ def sample(
     like:str=None,      # a print to make again, from the recipe in it
     n:int=4,            # how many of each prompt
     steps:int=30,       # sampling steps
-    guidance:float=5.,  # classifier-free guidance
+    guidance:float=None,# classifier-free guidance; without one, what suits the model (bundled 2, Stable Diffusion 7.5)
     how:str='cfg',      # cfg, perp-neg or apg
     schedule:str='constant', # guidance over the way: constant, linear or cosine
     negative:str=None,  # what should not be in the picture
@@ -205,18 +205,19 @@ def sample(
     interval:str=None,  # guide this share of the way alone, such as 0.2,0.6
     rescale:float=0.,   # guidance rescale, up to 1
     batch:int=None,     # pictures at a time
+    tiling:bool=False,  # decode large pictures tile by tile, for less memory
 ):
     "Print pictures from a prompt, or make a print again."
     from blipbooth.core import BoothError, for_writing
     from blipbooth.diffusion import Guidance
-    from blipbooth.sampling import sample as run_sample, save_print
-    given = dict(n=n, steps=steps, guidance=guidance, how=how, schedule=schedule, negative=negative, seed=seed, scheduler=scheduler, strength=strength, long=long, size=size, interval=interval, rescale=rescale)
+    from blipbooth.sampling import sample as run_sample, save_print, suited_guidance
+    given = dict(n=n, steps=steps, guidance=guidance, how=how, schedule=schedule, negative=negative, seed=seed, scheduler=scheduler, strength=strength, long=long, size=size, interval=interval, rescale=rescale, tiling=tiling)
     if like: recipe = _again(like, prompt, given, init, mask)
     elif not prompt: raise BoothError('0 prompts; give at least one, such as "a fox on a red background", or a print with --like')
     pipe, subject = _printer(run, model)
     if not like:
         recipe = {k: v for k, v in given.items() if k not in ('how', 'schedule')}
-        recipe.update(prompt=list(prompt), guidance=Guidance(guidance, how, schedule), interval=_span(interval), init=init, mask=mask, subject=subject)
+        recipe.update(prompt=list(prompt), guidance=Guidance(suited_guidance(pipe) if guidance is None else guidance, how, schedule), interval=_span(interval), init=init, mask=mask, subject=subject, tiling=tiling or None)
     with for_writing(out) as folder:
         for i, im in enumerate(run_sample(pipe, batch=batch, **recipe)):
             made = im.info['recipe']

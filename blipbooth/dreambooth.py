@@ -6,10 +6,10 @@
 __all__ = ['PRESETS', 'TrainConfig', 'PriorConfig', 'LossConfig', 'CheckpointConfig', 'PrintsConfig', 'DataConfig',
            'ConceptConfig', 'DreamBoothConfig', 'preset', 'config_fields', 'check_photos', 'load_concepts', 'Trained',
            'choose_parts', 'FrozenConv2d', 'LeanGEGLU', 'FrozenGroupNorm', 'LeanSiLU', 'remember_less', 'FusedLora',
-           'fuse_lora', 'token_rows', 'parameter_table', 'DreamBoothLoss', 'learning_rates', 'parameter_groups',
-           'lr_factor', 'make_optimizer', 'make_schedule', 'check_named', 'resolution', 'data_options', 'made_with',
-           'spare_parts', 'run_callbacks', 'build_learner', 'Estimate', 'estimate', 'open_run', 'merge_lora',
-           'export_pipeline']
+           'fuse_lora', 'token_rows', 'parameter_table', 'DreamBoothLoss', 'suited_steps', 'learning_rates',
+           'parameter_groups', 'lr_factor', 'make_optimizer', 'make_schedule', 'check_named', 'resolution',
+           'data_options', 'made_with', 'check_run', 'spare_parts', 'run_callbacks', 'build_learner', 'Estimate',
+           'estimate', 'open_run', 'merge_lora', 'export_pipeline']
 
 # %% ../nbs/13_dreambooth.ipynb #8c254960
 import dataclasses, json, math, re, warnings, weakref
@@ -39,6 +39,7 @@ from .core import BoothError, atomic_dir, atomic_write, file_hash, nearest, stat
 from .diffusion import add_noise, alpha_sigma, debiased_weight, logit_normal, min_snr_weight, p2_weight, prior_loss, snr, target
 from .learner import Callback, Learner
 from .priors import load_priors
+from .sampling import is_small, suited_guidance
 
 # %% ../nbs/13_dreambooth.ipynb #ec931f1c
 def _f(default, doc): return field(default=default, metadata=dict(doc=doc))
@@ -96,7 +97,7 @@ class PrintsConfig:
     every:int = _f(0, 'steps between two looks; 0: none')
     prompts:List[str] = field(default_factory=lambda: ['a {subject}', 'a {subject} on a purple background'], metadata=dict(doc='what is printed'))
     steps:int = _f(20, 'sampling steps')
-    guidance:float = _f(5., 'classifier-free guidance')
+    guidance:float = _f(0., 'classifier-free guidance; 0: what suits the model (bundled 2, Stable Diffusion 7.5)')
 
 # %% ../nbs/13_dreambooth.ipynb #943ec351
 @dataclass
@@ -136,7 +137,7 @@ class DreamBoothConfig:
     out:str = _f('', 'run folder; empty: runs/CLASS_NOUN')
     model:str = _f('', 'hub name or folder of a Stable Diffusion; empty: the bundled one')
     seed:int = _f(0, 'root of every random number')
-    steps:int = _f(450, 'optimizer steps')
+    steps:int = _f(0, 'optimizer steps; 0: what suits the model (bundled 200, Stable Diffusion 800)')
     batch_size:int = _f(2, 'photos in a step (a process); as many class images come with them')
     lr:float = _f(0., 'learning rate; 0: one that suits the model (bundled 2e-4, LoRA and token 2e-3; Stable Diffusion 5e-6, LoRA and token 5e-4)')
     resolution:int = _f(0, "side of a training picture, pixels; 0: the model's own")
@@ -148,7 +149,7 @@ class DreamBoothConfig:
     optimizer_args:Dict[str, Any] = field(default_factory=dict, metadata=dict(doc='its further arguments, such as optimizer_args.betas=[0.9,0.99]'))
     weight_decay:float = _f(.01, 'weight decay of the optimizer')
     warmup:int = _f(10, 'steps over which the learning rate rises')
-    schedule:str = _f('constant', 'the learning rate after the warm-up: constant, linear or cosine (both to 0 at the last step); or a dotted name, which is given the optimizer and schedule_args and knows no warm-up')
+    schedule:str = _f('cosine', 'the learning rate after the warm-up: constant, linear or cosine (both to 0 at the last step); or a dotted name, which is given the optimizer and schedule_args and knows no warm-up')
     schedule_args:Dict[str, Any] = field(default_factory=dict, metadata=dict(doc='arguments of a schedule by dotted name, such as schedule_args.T_max=300'))
     clip:float = _f(1., 'largest norm of the gradient; 0: any')
     min_snr:float = _f(0., 'gamma of min-SNR weighting (arXiv 2303.09556); 0: off')
@@ -168,10 +169,10 @@ class DreamBoothConfig:
 # %% ../nbs/13_dreambooth.ipynb #a96d43e8
 PRESETS = {
     'fast': {'train.unet': 'lora', 'train.text_encoder': 'off', 'steps': 150, 'prior.n': 50},
-    'faithful': {'steps': 600, 'prior.n': 200, 'min_snr': 5., 'schedule': 'cosine', 'warmup': 30, 'checkpoint.every': 100, 'checkpoint.keep': 6},
+    'faithful': {'steps': 600, 'prior.n': 200, 'min_snr': 5., 'warmup': 30, 'checkpoint.every': 100, 'checkpoint.keep': 6},
     'low-memory': {'train.unet': 'lora', 'train.text_encoder': 'off', 'batch_size': 1, 'accumulate': 2, 'gradient_checkpointing': True},
-    'paper': {'lr': 5e-6, 'steps': 1000, 'batch_size': 1, 'warmup': 0, 'prior.n': 1000, 'prior.weight': 1.},
-    'original': {'lr': 1e-6, 'steps': 800, 'batch_size': 1, 'warmup': 0, 'clip': 0., 'flip': True, 'seed': 23, 'prior.weight': 1.},
+    'paper': {'lr': 5e-6, 'steps': 1000, 'batch_size': 1, 'warmup': 0, 'schedule': 'constant', 'prior.n': 1000, 'prior.weight': 1.},
+    'original': {'lr': 1e-6, 'steps': 800, 'batch_size': 1, 'warmup': 0, 'schedule': 'constant', 'clip': 0., 'flip': True, 'seed': 23, 'prior.weight': 1.},
 }
 
 def preset(
@@ -244,10 +245,10 @@ def load(cls:DreamBoothConfig,
     except TypeError as e: raise BoothError(f"{path or 'the config'} cannot be read: {e}; optimizer_args and schedule_args are sets of names and values, such as optimizer_args.eps=1e-6") from None
 
 # %% ../nbs/13_dreambooth.ipynb #6bbaf7c3
-_LEAST = {'steps': 1, 'batch_size': 1, 'accumulate': 1, 'prior.n': 1, 'prior.weight': 0, 'prior.threshold': 0, 'prior.dedupe': 0, 'lr': 0, 'resolution': 0, 'checkpoint.every': 1, 'checkpoint.keep': 1,
+_LEAST = {'steps': 0, 'batch_size': 1, 'accumulate': 1, 'prior.n': 1, 'prior.weight': 0, 'prior.threshold': 0, 'prior.dedupe': 0, 'lr': 0, 'resolution': 0, 'checkpoint.every': 1, 'checkpoint.keep': 1,
           'train.rank': 1, 'min_photos': 1, 'weight_decay': 0, 'warmup': 0, 'clip': 0, 'min_snr': 0, 'train.unet_lr': 0, 'train.text_encoder_lr': 0, 'train.token_lr': 0, 'data.views': 1, 'data.colour': 0,
           'data.dropout': 0, 'data.background': 0, 'loss.huber': 1e-6, 'loss.noise_offset': 0, 'loss.input_perturbation': 0, 'loss.t_min': 0, 'loss.t_max': 0, 'loss.t_std': .01,
-          'ema': 0, 'checkpoint.epochs': 0, 'checkpoint.minutes': 0, 'checkpoint.patience': 0, 'prints.every': 0, 'prints.steps': 1}
+          'ema': 0, 'checkpoint.epochs': 0, 'checkpoint.minutes': 0, 'checkpoint.patience': 0, 'prints.every': 0, 'prints.guidance': 0, 'prints.steps': 1}
 _MOST = {'train.rank': 1024, 'ema': .99999, 'prior.threshold': 1, 'prior.dedupe': 1, 'data.colour': 1, 'data.dropout': 1, 'data.background': 1}
 _CHOICES = {'train.unet': ('off', 'full', 'lora'), 'train.text_encoder': ('off', 'full', 'lora'), 'mixed_precision': ('no', 'fp16', 'bf16'),
             'fit': ('center-crop', 'random-crop', 'letterbox', 'stretch'), 'loss.kind': ('l2', 'huber'), 'loss.timesteps': ('uniform', 'logit-normal'), 'loss.weighting': ('none', 'debiased', 'p2'),
@@ -567,12 +568,18 @@ def __call__(self:DreamBoothLoss,
     return dict(loss=loss, subject=subject, prior=prior)
 
 # %% ../nbs/13_dreambooth.ipynb #c72f4217
+def suited_steps(
+    pipe, # StableDiffusionPipeline
+) -> int: # 200 for the bundled model and its like, 800 for Stable Diffusion
+    "How many steps suit a model, with the other defaults."
+    return 200 if is_small(pipe) else 800
+
 def learning_rates(
     cfg,  # DreamBoothConfig
     pipe, # StableDiffusionPipeline
 ) -> dict: # of unet, text_encoder, token
     "The rate of each part: its own, else the configured one, else one that suits the model's size and how the part trains."
-    full, lora = (2e-4, 2e-3) if sum(p.numel() for p in pipe.unet.parameters()) < 50e6 else (5e-6, 5e-4)
+    full, lora = (2e-4, 2e-3) if is_small(pipe) else (5e-6, 5e-4)
     suits = dict(unet=cfg.train.unet, text_encoder=cfg.train.text_encoder, token='token')
     return {k: getattr(cfg.train, f'{k}_lr') or cfg.lr or (full if how in ('full', 'off') else lora) for k, how in suits.items()}
 
@@ -680,8 +687,13 @@ def made_with(
     return info | dict(subjects=[[c.subject, len(c.photos), c.weight] for c in concepts], masks=all_of(lambda c: [file_hash(m.tobytes()) for m in c.masks or ()]))
 
 # %% ../nbs/13_dreambooth.ipynb #5748d937
-def _check_concepts(pipe, concepts, cfg):
-    "Names the model can learn, enough photos, masks where they are asked for."
+def check_run(
+    cfg,      # DreamBoothConfig
+    pipe,     # StableDiffusionPipeline that it will train; it is not changed
+    concepts, # of Concept; their class images may be missing yet
+):
+    "Refuse what cannot be trained, before any work: names, photos, masks (which are read), timesteps, resolution, optimizer and schedule."
+    resolution(cfg, pipe)
     check_named(cfg, pipe.device)
     check_photos(cfg, [p for c in concepts for p in c.photos])
     T = pipe.scheduler.config.num_train_timesteps
@@ -717,7 +729,7 @@ def run_callbacks(
     every = max(1, round(c.epochs*epoch)) if c.epochs else c.every
     keep = Checkpoints(out/'checkpoints', every, c.keep, made_with(cfg, concepts), resume, anyway, c.minutes)
     p, subject = cfg.prints, concepts[0].subject
-    prints = Prints(pipe, [t.replace('{subject}', subject) for t in p.prompts], out/'samples', p.every, cfg.seed, steps=p.steps, guidance=p.guidance) if p.every else None
+    prints = Prints(pipe, [t.replace('{subject}', subject) for t in p.prompts], out/'samples', p.every, cfg.seed, steps=p.steps, guidance=p.guidance or suited_guidance(pipe)) if p.every else None
     return [LossLog(out/'logs'/'loss.jsonl'), keep] + [prints]*bool(prints)
 
 # %% ../nbs/13_dreambooth.ipynb #bdb8e6f2
@@ -732,7 +744,8 @@ def build_learner(
 ) -> Learner:
     "Everything a DreamBooth run needs, ready to fit."
     concepts = [concept] if isinstance(concept, Concept) else list(concept)
-    _check_concepts(pipe, concepts, cfg)
+    check_run(cfg, pipe, concepts)
+    cfg = dataclasses.replace(cfg, steps=cfg.steps or suited_steps(pipe))
     acc = _accelerator(pipe, cfg, out)
     data, loss = training_set(concepts, pipe, resolution(cfg, pipe), cfg.seed, cfg.fit, cfg.flip, **data_options(cfg, out)), DreamBoothLoss(pipe, cfg)
     net = choose_parts(pipe, cfg)

@@ -1045,7 +1045,7 @@ _CARDS = dict(
                'blipbooth.emoji.train_captioner: cross-entropy on captions, label smoothing 0.1, AdamW, a rate that is held and then falls, averaged weights; parts of every other picture hidden.'),
     matcher=('blip', 'A small BLIP matcher (`BlipForImageTextRetrieval`, 7.8M parameters): contrastive embeddings and a matching head.',
              'blipbooth.emoji.train_matcher: contrast within a batch, matching against hard negatives and captions with one word swapped; which word it was.'),
-    diffusion=('stable-diffusion', 'A small Stable Diffusion (13M parameters, 64×64 pictures) that prints the emoji world.',
+    diffusion=('stable-diffusion', 'A small Stable Diffusion (13M parameters, 64×64 pictures) that prints the emoji world, best with a guidance of 2 to 4.',
                'blipbooth.emoji.train_vae, train_decoder, then train_diffusion: v-prediction, captions dropped one time in ten, averaged weights.'))
 
 # %% ../nbs/30_emoji.ipynb #ac457679
