@@ -137,7 +137,7 @@ class DreamBoothConfig:
     out:str = _f('', 'run folder; empty: runs/CLASS_NOUN')
     model:str = _f('', 'hub name or folder of a Stable Diffusion; empty: the bundled one')
     seed:int = _f(0, 'root of every random number')
-    steps:int = _f(0, 'optimizer steps; 0: what suits the model (bundled 200, Stable Diffusion 800)')
+    steps:int = _f(0, 'optimizer steps; 0: what suits the model (bundled 400, Stable Diffusion 800)')
     batch_size:int = _f(2, 'photos in a step (a process); as many class images come with them')
     lr:float = _f(0., 'learning rate; 0: one that suits the model (bundled 2e-4, LoRA and token 2e-3; Stable Diffusion 5e-6, LoRA and token 5e-4)')
     resolution:int = _f(0, "side of a training picture, pixels; 0: the model's own")
@@ -570,9 +570,9 @@ def __call__(self:DreamBoothLoss,
 # %% ../nbs/13_dreambooth.ipynb #c72f4217
 def suited_steps(
     pipe, # StableDiffusionPipeline
-) -> int: # 200 for the bundled model and its like, 800 for Stable Diffusion
+) -> int: # 400 for the bundled model and its like, 800 for Stable Diffusion
     "How many steps suit a model, with the other defaults."
-    return 200 if is_small(pipe) else 800
+    return 400 if is_small(pipe) else 800
 
 def learning_rates(
     cfg,  # DreamBoothConfig
