@@ -665,12 +665,19 @@ def _print(pipe, jobs, batch, callback, long, restore_mean, steps_each, **kwargs
 def fingerprint(
     pipe, # StableDiffusionPipeline
 )->str: # 16 hexadecimal digits
-    "A hash of the weights and the noise schedule, which decide what a pipeline draws."
+    "A hash of the weights, the noise schedule, and what is switched on of adapters, which decide what a pipeline draws."
     schedule = json.dumps({k: v for k, v in dict(pipe.scheduler.config).items() if k[0] != '_' or k == '_class_name'}, sort_keys=True, default=str)
-    named = [(f'{part}.{name}', p) for part in ('unet', 'text_encoder', 'vae') for name, p in getattr(pipe, part).named_parameters()]
-    seen = schedule, _glance(named)
-    if vars(pipe).get('_glanced', (None,))[0] != seen: vars(pipe)['_glanced'] = seen, weights_hash(named, schedule)
+    parts = {o: getattr(pipe, o) for o in ('unet', 'text_encoder', 'vae')}
+    named, more = [(f'{part}.{name}', p) for part, m in parts.items() for name, p in m.named_parameters()], schedule + _adapters(parts)
+    seen = more, _glance(named)
+    if vars(pipe).get('_glanced', (None,))[0] != seen: vars(pipe)['_glanced'] = seen, weights_hash(named, more)
     return vars(pipe)['_glanced'][1]
+
+def _adapters(parts):
+    "How strongly each adapter speaks in each layer, which no weight tells; empty where there is none."
+    layers = [(f'{part}.{name}', o) for part, m in parts.items() for name, o in m.named_modules() if hasattr(o, 'scaling') and hasattr(o, 'active_adapters')]
+    speak = {name: {a: o.scaling.get(a) for a in o.active_adapters} for name, o in layers if not o.disable_adapters and not o.merged}
+    return json.dumps(speak, sort_keys=True) if speak else ''
 
 def _glance(named):
     "What changes when any of the weights does."
