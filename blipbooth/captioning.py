@@ -245,7 +245,7 @@ def _real(hi=float('inf'), zero=False):
 
 _ranges = dict(num_beams=_whole(1, 10), num_return_sequences=_whole(1), max_new_tokens=_whole(1), max_length=_whole(2), min_new_tokens=_whole(0),
     min_length=_whole(0), no_repeat_ngram_size=_whole(0), top_k=_whole(0), temperature=_real(), top_p=_real(1), typical_p=_real(1), min_p=_real(1, True),
-    repetition_penalty=_real())
+    repetition_penalty=_real(), length_penalty=('a number', lambda v: type(v) in (int, float) and np.isfinite(v)))
 
 def _check_ranges(config):
     "Each number within its limits."

@@ -6,7 +6,7 @@
 __all__ = ['Photo', 'load_image', 'load_images', 'fit', 'to_tensor', 'to_pil', 'show_grid', 'contact_sheet']
 
 # %% ../nbs/01_images.ipynb #4cd2ded7
-import io, math, warnings
+import io, math, re, warnings
 import numpy as np
 from dataclasses import dataclass
 from functools import cached_property
@@ -82,9 +82,13 @@ def _from_tensor(x, name='the tensor'):
 # %% ../nbs/01_images.ipynb #eed45487
 _smallest = 8 # pixels on a side
 
+def _look(path):
+    "What to do about a path that is not there."
+    return 'nothing is read from the web, save it first' if re.match(r'[a-z]{2,}:/', str(path), re.I) else 'check the path'
+
 def _open(path):
     "The picture in a file, decoded to the last byte."
-    if not path.exists(): raise BoothError(f"there is no photo {path}; check the path")
+    if not path.exists(): raise BoothError(f"there is no photo {path}; {_look(path)}")
     if path.is_dir(): raise BoothError(f"{path} is a folder, not a photo; use load_images for a folder")
     limit = Image.MAX_IMAGE_PIXELS or math.inf
     try:
@@ -130,7 +134,7 @@ def _sources(src):
     "What to load, one by one."
     if isinstance(src, (str, Path)):
         path = Path(src).expanduser()
-        if not path.exists(): raise BoothError(f"there is no folder or file {path}; check the path")
+        if not path.exists(): raise BoothError(f"there is no folder or file {path}; {_look(path)}")
         return _photo_files(path) if path.is_dir() else [path]
     batch = getattr(src, 'ndim', 0) == 4
     single = isinstance(src, (Photo, Image.Image)) or hasattr(src, 'ndim') and not batch
