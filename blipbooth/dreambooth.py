@@ -39,7 +39,7 @@ from .core import BoothError, atomic_dir, atomic_write, file_hash, nearest, stat
 from .diffusion import add_noise, alpha_sigma, debiased_weight, logit_normal, min_snr_weight, p2_weight, prior_loss, snr, target
 from .learner import Callback, Learner
 from .priors import load_priors
-from .sampling import is_small, suited_guidance
+from .sampling import fill, is_small, make_scheduler, suited_guidance, _check_prompts, _check_steps
 
 # %% ../nbs/13_dreambooth.ipynb #ec931f1c
 def _f(default, doc): return field(default=default, metadata=dict(doc=doc))
@@ -692,7 +692,7 @@ def check_run(
     pipe,     # StableDiffusionPipeline that it will train; it is not changed
     concepts, # of Concept; their class images may be missing yet
 ):
-    "Refuse what cannot be trained, before any work: names, photos, masks (which are read), timesteps, resolution, optimizer and schedule."
+    "Refuse what cannot be trained, before any work: names, photos, masks (which are read), timesteps, resolution, optimizer and schedule, prints on the way."
     resolution(cfg, pipe)
     check_named(cfg, pipe.device)
     check_photos(cfg, [p for c in concepts for p in c.photos])
@@ -704,6 +704,9 @@ def check_run(
     for c in concepts:
         check_name(pipe.tokenizer, c.token, c.class_noun)
         if cfg.data.masks and c.masks is None: c.masks = load_masks(cfg.data.masks, c.photos)
+    if cfg.prints.every:
+        _check_prompts(pipe, [fill(o, concepts[0].subject) for o in cfg.prints.prompts])
+        _check_steps(make_scheduler(pipe), cfg.prints.steps)
 
 def spare_parts(
     pipe, # StableDiffusionPipeline
@@ -729,7 +732,7 @@ def run_callbacks(
     every = max(1, round(c.epochs*epoch)) if c.epochs else c.every
     keep = Checkpoints(out/'checkpoints', every, c.keep, made_with(cfg, concepts), resume, anyway, c.minutes)
     p, subject = cfg.prints, concepts[0].subject
-    prints = Prints(pipe, [t.replace('{subject}', subject) for t in p.prompts], out/'samples', p.every, cfg.seed, steps=p.steps, guidance=p.guidance or suited_guidance(pipe)) if p.every else None
+    prints = Prints(pipe, [fill(o, subject) for o in p.prompts], out/'samples', p.every, cfg.seed, steps=p.steps, guidance=p.guidance or suited_guidance(pipe)) if p.every else None
     return [LossLog(out/'logs'/'loss.jsonl'), keep] + [prints]*bool(prints)
 
 # %% ../nbs/13_dreambooth.ipynb #bdb8e6f2
