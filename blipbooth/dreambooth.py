@@ -268,7 +268,8 @@ def check(self:DreamBoothConfig):
     if self.data.cache == 'False': self.data.cache = 'off'  # YAML reads off as false, and no
     if self.mixed_precision == 'False': self.mixed_precision = 'no'
     for k, names in _CHOICES.items():
-        if _get(self, k) not in names: raise BoothError(f"{k}={_get(self, k)!r} is unknown; it is {', '.join(names[:-1])} or {names[-1]}")
+        *first, last = [o or 'empty' for o in names]
+        if _get(self, k) not in names: raise BoothError(f"{k}={_get(self, k)!r} is unknown; it is {', '.join(first)} or {last}")
     if self.schedule not in ('constant', 'linear', 'cosine') and '.' not in self.schedule: raise BoothError(f"schedule={self.schedule!r} is unknown; it is constant, linear or cosine, or a dotted name such as torch.optim.lr_scheduler.StepLR")
     preset(self.preset)
     finds_its_own = any(o in self.optimizer.lower() for o in ('prodigy', 'dadapt'))  # these take lr=1 as a factor
