@@ -8,13 +8,16 @@ __all__ = ['presets', 'load_blip', 'pixel_values', 'Caption', 'Blip', 'Captioner
            'Wording', 'append_synced', 'read_records', 'mend_log', 'FolderCaptions', 'differences', 'write_sidecar']
 
 # %% ../nbs/03_captioning.ipynb #f7ed37bb
-import base64, hashlib, heapq, html, inspect, io, json, os, re, string, time
+import base64, hashlib, heapq, html, inspect, io, json, os, re, signal, string, sys, time
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import groupby, islice
+from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from threading import Thread
 
@@ -719,22 +722,65 @@ class Share:
         if self.state: self.state.wait_for_everyone()
 
 # %% ../nbs/03_captioning.ipynb #854d052e
+def _begin_reading():
+    "What a process that reads does first."
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    def watch():
+        connection.wait([parent_process().sentinel])          # until the parent has ended, even by kill -9
+        os._exit(1)
+    Thread(target=watch, daemon=True).start()
+
+def _processes(n): return ProcessPoolExecutor(n, get_context('fork' if sys.platform == 'linux' else None), _begin_reading)
+
+def _killed(res): return isinstance(res.exception(), BrokenProcessPool)
+
+# %% ../nbs/03_captioning.ipynb #113ebc4c
+class _Readers:
+    "Processes that call `f`, in order; new ones take the place of those that were killed."
+    def __init__(self, f, n, lost): self.f, self.n, self.lost, self.waiting, self.pool = f, n, lost, deque(), _processes(n)
+    def __enter__(self): return self
+    def __exit__(self, *args): self.pool.shutdown(cancel_futures=True)
+
+    def ask(self, item):
+        try: res = self.pool.submit(self.f, item)
+        except BrokenProcessPool:
+            self.mend()
+            res = self.pool.submit(self.f, item)
+        self.waiting.append((item, res))
+
+    def take(self):
+        if _killed(self.waiting[0][1]): self.mend()
+        return self.waiting.popleft()[1].result()
+
+    def mend(self):
+        self.pool.shutdown()
+        self.waiting = deque((o, self.alone(o) if _killed(res) else res) for o, res in self.waiting)
+        self.pool = _processes(self.n)
+
+    def alone(self, item):
+        with _processes(1) as pool: res = pool.submit(self.f, item)
+        if not _killed(res): return res
+        res = Future()
+        res.set_result(self.lost(item))
+        return res
+
+# %% ../nbs/03_captioning.ipynb #7988b2e3
 def prefetched(
-    f, # a function of one thing
+    f, # a function of one thing, that a process can find: one with a name
     items, # what to call it with, one by one
-    workers:int=4, # threads
+    workers:int=4, # processes; 0: this one, which waits meanwhile
     ahead:int=64, # how many results may wait
+    lost=lambda item: None, # what stands for the result of a thing whose process was killed
 ): # f(item) for each item, in order
-    "Call `f` in threads, a little ahead of whoever takes the results."
-    waiting = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for o in items:
-                waiting.append(pool.submit(f, o))
-                if len(waiting) > ahead: yield waiting.popleft().result()
-            while waiting: yield waiting.popleft().result()
-        finally:
-            for o in waiting: o.cancel()
+    "Call `f` in processes, a little ahead of whoever takes the results."
+    if not workers:
+        yield from map(f, items)
+        return
+    with _Readers(f, workers, lost) as readers:
+        for o in items:
+            readers.ask(o)
+            if len(readers.waiting) > ahead: yield readers.take()
+        while readers.waiting: yield readers.take()
 
 # %% ../nbs/03_captioning.ipynb #904da8a5
 def _fitted(path, size, mode):
@@ -745,6 +791,9 @@ def _fitted(path, size, mode):
     except BoothError as e: return e
     except UnicodeEncodeError: return BoothError(f"{path} has a name that is not UTF-8; rename it")
     except Exception as e: return BoothError(f"{path} is damaged ({type(e).__name__}: {e}); copy or save it again")
+
+def _read(folder, size, mode, name): return name, _fitted(Path(folder)/name, size, mode)
+def _lost(folder, name): return name, BoothError(f"{Path(folder)/name} brought down the process that read it; remove it, or save it again")
 
 # %% ../nbs/03_captioning.ipynb #c0de0002
 def name_subject(
@@ -799,7 +848,7 @@ def _error_record(name, e, folder):
 def _check_folder_options(prompt, batch_size, fit, workers, wording):
     "What can be refused without a look at the pictures."
     _check_batch(batch_size)
-    if workers is not None and (type(workers) is not int or workers < 1): raise BoothError(f"workers={workers!r}; it must be a whole number of 1 or more")
+    if workers is not None and (type(workers) is not int or workers < 0): raise BoothError(f"workers={workers!r}; it must be a whole number of 0 or more")
     if not (prompt is None or isinstance(prompt, str)): raise BoothError(f"prompt {prompt!r} is not a string; files have one prompt for all of them")
     if not isinstance(wording, (Wording, type(None))): raise BoothError(f"wording={wording!r} is a {type(wording).__name__}; give Wording('a photo of {{caption}}')")
     fit_image(Image.new('RGB', (8, 8)), 8, fit)
@@ -812,7 +861,7 @@ def caption_files(self:Captioner,
     prompt:str=None, # how every caption begins
     batch_size:int=32, # pictures at a time
     fit:str='stretch', # stretch | center-crop | letterbox
-    workers:int=None, # threads that read pictures; None: one for each core, at most 8
+    workers:int=None, # processes that read pictures; 0: this one; None: one for each core, at most 8
     strict:bool=False, # stop at a picture that cannot be read
     size:int=None, # side in pixels; None: what the checkpoint saw
     wording:Wording=None, # how captions are written down; None: as they are
@@ -821,10 +870,9 @@ def caption_files(self:Captioner,
     "Caption files batch by batch, reading ahead."
     _check_folder_options(prompt, batch_size, fit, workers, wording)
     self.check_size(size)
-    o, workers = self.processor.image_processor.size, workers or min(8, os.cpu_count() or 1)
-    side = size or (o['height'], o['width'])
-    def read(name): return name, _fitted(Path(folder)/name, side, fit)
-    for part in chunked(prefetched(read, files, workers, 2*batch_size), batch_size):
+    o, workers = self.processor.image_processor.size, min(8, os.cpu_count() or 1) if workers is None else workers
+    read = partial(_read, folder, size or (o['height'], o['width']), fit)
+    for part in chunked(prefetched(read, files, workers, 2*batch_size, partial(_lost, folder)), batch_size):
         bad = [(name, x) for name, x in part if isinstance(x, BoothError)]
         if bad and strict: raise bad[0][1]
         good = [(name, x) for name, x in part if not isinstance(x, BoothError)]
@@ -990,7 +1038,7 @@ def _plan_folder(self:Captioner, folder, out, recursive, prompt, batch_size, fit
 def _only_run(log):
     "Keep a second run away from a log; the system lets go of it when a run is killed."
     lock = FileLock(log.with_name(f'.{log.name}.lock'))
-    try: lock.acquire(timeout=0)
+    try: lock.acquire(timeout=.5)                             # the readers of a run that was killed hold it a moment longer
     except Timeout: raise BoothError(f"another run is writing to {log}; wait for it, or choose another out=") from None
     try: yield
     finally:
@@ -1043,7 +1091,7 @@ def caption_folder(self:Captioner,
     overwrite:bool=False, # begin again, over captions and sidecars that are there
     strict:bool=False, # stop at a picture that cannot be read
     caption_extension:str='.txt', # of the sidecars
-    workers:int=None, # threads that read pictures; None: one for each core, at most 8
+    workers:int=None, # processes that read pictures; 0: this one; None: one for each core, at most 8
     size:int=None, # side in pixels; None: what the checkpoint saw
     wording:Wording=None, # template, prefix, suffix, the subject's name; None: captions as they are
     where:str=None, # such as 2/4, the second of four shares; None: what accelerate started this process for, or all

@@ -6,17 +6,14 @@ Token ids are compared in float32 on the bundled model and 200 pictures of noise
 Memory on a CPU is the growth of the process's peak while it decodes, each side in a process of its own that has computed nothing
 before; our copy of the linear layers is made beforehand and stays, so it is a line of its own. On a GPU it is what torch allocated.
 JSON lines. A row that fails says so, the others go on, and the exit status is 1. BLIPBOOTH_GRAPHS=0 records no steps on a GPU."""
-import copy, functools, multiprocessing, subprocess, sys, tempfile, warnings
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from pathlib import Path
+import copy, functools, subprocess, sys, warnings
 
 import numpy as np, torch
-from PIL import Image
 from transformers import BlipConfig, BlipForConditionalGeneration
 
 from common import GPU, in_turn, line, machine, race, seconds
 
-from blipbooth.captioning import Captioner, _fitted
+from blipbooth.captioning import Captioner
 from blipbooth.decoding import fast_generate, image_memory, packed, quiet_transformers, vision_features
 
 B, NEW, DEVICE = 64 if GPU else 4, 20, 'cuda' if GPU else 'cpu'
@@ -140,19 +137,6 @@ def memory():
     line('packed copy of the decoder, once', ours=round(kept), unit='MB')
 
 
-def reading(repeats, side, n): # pictures that two readers open, decode and shrink in a second, as threads and as processes
-    rng, context = np.random.default_rng(0), multiprocessing.get_context('fork')
-    with tempfile.TemporaryDirectory() as d:
-        picture = Image.fromarray(rng.integers(0, 255, (side//8, side//8, 3), dtype=np.uint8)).resize((side, side))
-        files = [Path(d)/f'{i}.jpg' for i in range(n)]
-        for f in files: picture.save(f)
-        fitted = functools.partial(_fitted, size=384, mode='stretch')
-        def read(pool):
-            with pool: list(pool.map(fitted, files))
-        a, b = in_turn(lambda: read(ThreadPoolExecutor(2)), lambda: read(ProcessPoolExecutor(2, mp_context=context)), repeats)
-    line(f'reading {side} × {side} pixels, two threads against two processes', ours=round(n/a, 1), peer=round(n/b, 1), ratio=round(b/a, 3), unit='a second')
-
-
 def rows(repeats):
     "What is measured here, one after the other."
     wide, half, part = torch.float32, torch.bfloat16, functools.partial
@@ -162,9 +146,7 @@ def rows(repeats):
     yield part(speed, max(1, repeats//2), 5, half, wide)
     for dtype in (torch.float16, half, wide) if GPU else (wide,): yield part(vision_share, repeats, dtype)
     yield part(memory_rate, repeats)
-    if not GPU:
-        yield memory
-        for side, n in ((64, 600), (1000, 120), (3464, 16)): yield part(reading, repeats, side, n)
+    if not GPU: yield memory
     for dtype in (torch.float16, half) if GPU else ():
         yield part(recorded, repeats, dtype)
         yield part(gpu_memory, dtype)
