@@ -758,7 +758,9 @@ class _Readers:
         self.pool = _processes(self.n)
 
     def alone(self, item):
-        with _processes(1) as pool: res = pool.submit(self.f, item)
+        with _processes(1) as pool:
+            if _killed(pool.submit(int)): raise BoothError("processes that read pictures end as they begin; put what the script does under if __name__ == '__main__':, or say workers=0")
+            res = pool.submit(self.f, item)
         if not _killed(res): return res
         res = Future()
         res.set_result(self.lost(item))
