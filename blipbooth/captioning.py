@@ -34,7 +34,7 @@ from transformers import (BlipForConditionalGeneration, BlipForImageTextRetrieva
 
 from .core import (BoothError, Settings, atomic_dir, for_writing, load_json, nearest, out_dir, progress, resolve_model, save_json,
     stateless_seed, weights_hash)
-from .decoding import (FastDecoder, ImageCache, alternatives, constrained_beam_search, diverse_beam_search, image_memory, packed,
+from .decoding import (CACHE, FastDecoder, ImageCache, alternatives, constrained_beam_search, diverse_beam_search, image_memory, packed,
     quiet_transformers, seeded_sample, vision_features)
 from .images import Photo, _suffixes, fit as fit_image, load_image, load_images, to_tensor
 
@@ -282,7 +282,7 @@ def _check_together(config):
 # %% ../nbs/03_captioning.ipynb #aeae2bd0
 _moved = dict(constraints=None, penalty_alpha=None, dola_layers=None)
 _made = ('inputs input_ids inputs_embeds attention_mask position_ids pixel_values encoder_hidden_states encoder_attention_mask '
-         'interpolate_pos_encoding past_key_values').split()
+         'interpolate_pos_encoding past_key_values cache').split()
 
 def _check_names(config, rest):
     "Keywords that nothing reads, and those that need code from the network."
@@ -429,7 +429,7 @@ def token_log_probs(self:Captioner,
     "How probable each token was, given the picture and the tokens before it."
     x, mask = padded(rows, self.text_config.pad_token_id, self.device)
     decoder, look = self.model.text_decoder, dict(encoder_hidden_states=embeds, use_cache=False)
-    if isinstance(embeds, list) or self.fast: decoder, look = FastDecoder.over(packed(decoder)), dict(past_key_values=ImageCache(self.memory(embeds)))
+    if isinstance(embeds, list) or self.fast: decoder, look = FastDecoder.over(packed(decoder)), {CACHE: ImageCache(self.memory(embeds))}
     elif len(rows) > len(embeds): look['encoder_hidden_states'] = embeds.repeat_interleave(len(rows)//len(embeds), 0)
     logits = decoder(input_ids=x[:, :-1], attention_mask=mask[:, :-1], **look).logits
     lp = logits.float().log_softmax(-1).gather(-1, x[:, 1:, None])[..., 0]
@@ -531,7 +531,7 @@ def generate(self:Captioner,
     config.stop_strings, decoder = None, self.model.text_decoder
     if isinstance(embeds, list) or self.shares_memory(config):
         decoder = FastDecoder.over(packed(decoder))
-        look = dict(past_key_values=ImageCache(self.memory(embeds)))
+        look = {CACHE: ImageCache(self.memory(embeds))}
     else: look = dict(encoder_hidden_states=embeds, encoder_attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=self.device))
     with quiet_transformers():
         rows = decoder.generate(input_ids=x, attention_mask=torch.ones_like(x), generation_config=config, **look, **rest)
