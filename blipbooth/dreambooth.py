@@ -343,16 +343,18 @@ def choose_parts(
     cfg,            # DreamBoothConfig
 ) -> Trained:
     "Freeze everything, then open what the configuration names."
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
     net = Trained(pipe)
     pipe.vae.requires_grad_(False)
     for name in ('unet', 'text_encoder'):
         part, how = getattr(net, name), getattr(cfg.train, name)
+        if how != 'off' and getattr(part, '_hf_peft_config_loaded', False): raise BoothError(f"the {name} has LoRA layers already; add them to its weights with merge_lora(pipe), or load the pipeline again")
         part.requires_grad_(how == 'full')
         if how == 'lora':
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(stateless_seed(cfg.seed, 'lora', name) % 2**31)
-                part.add_adapter(LoraConfig(r=cfg.train.rank, lora_alpha=cfg.train.rank, init_lora_weights='gaussian', target_modules=_LORA[name]))
+                inject_adapter_in_model(LoraConfig(r=cfg.train.rank, lora_alpha=cfg.train.rank, init_lora_weights='gaussian', target_modules=_LORA[name]), part)
+            part._hf_peft_config_loaded = True  # as `add_adapter` leaves it, which in transformers 5.24 waits for a peft that is not out
     if cfg.train.token and cfg.train.text_encoder != 'full': _open_rows(pipe, [c.token for c in cfg.concepts] or [cfg.token])
     remember_less(net.unet)
     fuse_lora(net)
