@@ -31,6 +31,7 @@ from fastcore.basics import patch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from peft.tuners.lora import Linear as LoraLinear
+from safetensors.torch import load_file, save_file
 from yaml import YAMLError
 from .callbacks import EMA, Checkpoints, Halved, Interrupts, LetGo, LossLog, NaNGuard, Prints, Progress, Track, check_trackers, load_weights
 from .decoding import quiet_transformers
@@ -940,10 +941,20 @@ def merge_lora(
         if getattr(part, 'peft_config', None): del part.peft_config
         if getattr(part, '_hf_peft_config_loaded', False): part._hf_peft_config_loaded = False
 
+def _text_name(name): return 'text_model.' + name.removeprefix('text_model.')  # older and newer transformers differ in this prefix; readers know the older one
+
+def _older_names(file):
+    "Name a text encoder's weights as all versions of transformers read them."
+    new = file.with_suffix('.new')
+    save_file({_text_name(k): v for k, v in load_file(file).items()}, new, dict(format='pt'))
+    new.replace(file)
+
 def export_pipeline(
     pipe,   # a trained StableDiffusionPipeline; its LoRA matrices are merged
     folder, # where to, whole or not at all
 ):
     "Write a trained model as an ordinary diffusers folder, LoRA merged in."
     merge_lora(pipe)
-    with quiet_transformers(), atomic_dir(folder) as tmp: pipe.save_pretrained(tmp, safe_serialization=True)
+    with quiet_transformers(), atomic_dir(folder) as tmp:
+        pipe.save_pretrained(tmp, safe_serialization=True)
+        if (f := tmp/'text_encoder'/'model.safetensors').exists(): _older_names(f)

@@ -936,12 +936,14 @@ def install(
     "Write a trained model, or the subjects' photos, in the form the package ships."
     from transformers import BlipProcessor
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+    from blipbooth.dreambooth import _older_names
     atomic_write(Path(folder).parent/'splits.json', json.dumps(splits(), indent=1) + '\n')
     with atomic_dir(folder) as tmp:
         if kind == 'subjects': return _subjects(model, tmp)
         half = model.to(dtype=torch.float16) if kind == 'diffusion' else model.half()
         half.save_pretrained(tmp, safe_serialization=True)
-        if kind != 'diffusion':
+        if kind == 'diffusion': _older_names(tmp/'text_encoder'/'model.safetensors')
+        else:
             BlipProcessor(BlipImageProcessorPil(size=dict(height=64, width=64)), wordpiece()).save_pretrained(tmp)
 
 # %% ../nbs/30_emoji.ipynb #f329eda5

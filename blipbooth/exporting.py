@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 from .core import BoothError, atomic_dir, atomic_write, load_json, nearest, resolve_model
-from .dreambooth import DreamBoothConfig, config_fields, export_pipeline, merge_lora, open_run, token_rows
+from .dreambooth import DreamBoothConfig, config_fields, export_pipeline, merge_lora, open_run, token_rows, _text_name
 
 # %% ../nbs/16_exporting.ipynb #7271f588
 def lora_layers(
@@ -29,8 +29,6 @@ def lora_layers(
             out.setdefault(part, {})[name] = A.contiguous(), (B if m.scaling[a] == 1 else B*m.scaling[a]).contiguous()
     if not out: raise BoothError("this model has no LoRA matrices: its parts were trained in full; export it as diffusers or single-file")
     return out
-
-def _text_name(name): return 'text_model.' + name.removeprefix('text_model.')  # older and newer transformers differ in this prefix; readers know the older one
 
 # %% ../nbs/16_exporting.ipynb #353aa446
 def export_lora(

@@ -12,6 +12,7 @@ import dataclasses, inspect, io, itertools, json, math, numbers, re, sys, warnin
 from collections import namedtuple
 from contextlib import contextmanager
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 
 import diffusers, torch
@@ -49,6 +50,17 @@ def _hushed():
             if bars: logging.enable_progress_bar()
 
 # %% ../nbs/08_sampling.ipynb #4a6055ea
+def _whole_parts(folder, **kwargs):
+    "UNet, VAE and text encoder of a pipeline; a weight that a file does not hold would be a random number."
+    folder, parts = Path(folder), {}
+    index = load_json(folder/'model_index.json')
+    for name in ('unet', 'vae', 'text_encoder'):
+        module, cls = index[name]
+        parts[name], info = getattr(import_module(module), cls).from_pretrained(folder/name, output_loading_info=True, **kwargs)
+        lost = sorted(info['missing_keys'])
+        if lost: raise ValueError(f"{len(lost)} weights are missing in {name}, {lost[0]} first")
+    return parts
+
 def load_pipeline(
     name_or_path=None, # None for the bundled model, a folder, or a hub name
     device:str=None, # None picks cuda, else mps, else cpu
@@ -60,7 +72,8 @@ def load_pipeline(
     _check_folder(folder)
     with _hushed():
         from diffusers import StableDiffusionPipeline
-        try: pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=where.dtype, use_safetensors=True, local_files_only=True,
+        how = dict(dtype=where.dtype, use_safetensors=True, local_files_only=True)
+        try: pipe = StableDiffusionPipeline.from_pretrained(folder, **_whole_parts(folder, **how), **how,
             safety_checker=None, feature_extractor=None, requires_safety_checker=False)
         except Exception as e: raise BoothError(f"{folder} cannot be loaded ({type(e).__name__}: {str(e).splitlines()[0][:200]}); get the model again") from e
         return pipe.to(where.device)
@@ -668,7 +681,7 @@ def fingerprint(
     "A hash of the weights, the noise schedule, and what is switched on of adapters, which decide what a pipeline draws."
     schedule = json.dumps({k: v for k, v in dict(pipe.scheduler.config).items() if k[0] != '_' or k == '_class_name'}, sort_keys=True, default=str)
     parts = {o: getattr(pipe, o) for o in ('unet', 'text_encoder', 'vae')}
-    named, more = [(f'{part}.{name}', p) for part, m in parts.items() for name, p in m.named_parameters()], schedule + _adapters(parts)
+    named, more = [(f"{part}.{name.removeprefix('text_model.')}", p) for part, m in parts.items() for name, p in m.named_parameters()], schedule + _adapters(parts)
     seen = more, _glance(named)
     if vars(pipe).get('_glanced', (None,))[0] != seen: vars(pipe)['_glanced'] = seen, weights_hash(named, more)
     return vars(pipe)['_glanced'][1]
