@@ -87,7 +87,10 @@ class NaNGuard(Callback):
         raise BoothError(f"{why} (last good checkpoint: {last or 'none'})")
 
 # %% ../nbs/12_callbacks.ipynb #81c93395
-def _trainable(model): return {n: p for n, p in model.named_parameters() if p.requires_grad}
+def _named(model): # without a prefix that some versions of transformers have
+    return {n.replace('text_encoder.text_model.', 'text_encoder.'): p for n, p in model.named_parameters()}
+
+def _trainable(model): return {n: p for n, p in _named(model).items() if p.requires_grad}
 
 def _split(tensors): # {"unet.conv.weight": …} -> {"unet": {"conv.weight": …}}: one file a part
     parts = {}
@@ -138,7 +141,7 @@ def load_weights(
 ):
     "Put a checkpoint's trained weights into a model."
     if not whole(folder): raise BoothError(f"the checkpoint {folder} is damaged; resume from an earlier one")
-    own, parts = dict(model.named_parameters()), {k.partition('.')[0] for k in load_json(Path(folder)/'state.json')['trained']}
+    own, parts = _named(model), {k.partition('.')[0] for k in load_json(Path(folder)/'state.json')['trained']}
     found = load_file(Path(folder)/'ema.safetensors') if average and (Path(folder)/'ema.safetensors').exists() else {f'{k}.{n}': v for k in sorted(parts) for n, v in load_file(Path(folder)/f'{k}.safetensors').items()}
     for n, v in found.items():
         if n not in own: raise BoothError(f"the checkpoint {folder} trains {n}, which this model does not have; use the config it was made with")
@@ -151,7 +154,7 @@ def load_checkpoint(
 ):
     "Continue from a checkpoint: weights, optimizer, scheduler, loss scaler and step."
     load_weights(learn.model, folder)
-    state, inner, own = load_json(Path(folder)/'state.json'), getattr(learn.opt, 'optimizer', learn.opt), dict(learn.model.named_parameters())
+    state, inner, own = load_json(Path(folder)/'state.json'), getattr(learn.opt, 'optimizer', learn.opt), _named(learn.model)
     counts_there = any(g.get('fused') or g.get('capturable') for g in inner.param_groups)  # such an optimizer counts its steps where the weights are
     for key, v in load_file(Path(folder)/'optimizer.safetensors').items():
         k, _, n = key.partition('/')
