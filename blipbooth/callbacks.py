@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from .core import BoothError, append_jsonl, atomic_dir, atomic_write, file_hash, load_json, nearest, progress, read_jsonl, save_json
 from .learner import Callback, CancelFit
-from .sampling import sample
+from .sampling import sample, _shared_name
 
 # %% ../nbs/12_callbacks.ipynb #869ebc13
 class LossLog(Callback):
@@ -87,8 +87,7 @@ class NaNGuard(Callback):
         raise BoothError(f"{why} (last good checkpoint: {last or 'none'})")
 
 # %% ../nbs/12_callbacks.ipynb #81c93395
-def _named(model): # without a prefix that some versions of transformers have
-    return {n.replace('text_encoder.text_model.', 'text_encoder.'): p for n, p in model.named_parameters()}
+def _named(model): return {_shared_name(n): p for n, p in model.named_parameters()}
 
 def _trainable(model): return {n: p for n, p in _named(model).items() if p.requires_grad}
 

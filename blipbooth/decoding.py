@@ -300,12 +300,6 @@ class FastDecoder(BlipTextLMHeadModel):
         if same: cache.spread(k); logits = logits.repeat_interleave(k, 0)
         return CausalLMOutputWithCrossAttentions(logits=logits, **{CACHE: cache})
 
-    def next_logits(self, cache, ids, positions, mask, keep=0):
-        "The decoder itself; `cache.at` and `cache.shown` say where the words go and how far they look."
-        x = self.bert.embeddings(input_ids=ids, position_ids=positions)
-        for layer in self.bert.encoder.layer: x = text_layer(layer, x, cache, mask)
-        return self.cls(x[:, -keep:])
-
     @classmethod
     def over(cls,
         decoder:BlipTextLMHeadModel, # the decoder of a captioner
@@ -314,6 +308,14 @@ class FastDecoder(BlipTextLMHeadModel):
         fast = copy.copy(decoder)
         fast.__class__ = cls
         return fast
+
+# %% ../nbs/02_decoding.ipynb #ceb34ef0
+@patch
+def next_logits(self:FastDecoder, cache, ids, positions, mask, keep=0):
+    "The decoder itself; `cache.at` and `cache.shown` say where the words go and how far they look."
+    x = self.bert.embeddings(input_ids=ids, position_ids=positions)
+    for layer in self.bert.encoder.layer: x = text_layer(layer, x, cache, mask)
+    return self.cls(x[:, -keep:])
 
 # %% ../nbs/02_decoding.ipynb #e8bd6596
 class PackedLinear(torch.nn.Module):

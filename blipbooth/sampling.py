@@ -675,13 +675,15 @@ def _print(pipe, jobs, batch, callback, long, restore_mean, steps_each, **kwargs
     return torch.cat(done) if kwargs['return_latents'] else [o for images in done for o in images]
 
 # %% ../nbs/08_sampling.ipynb #b16a605f
+def _shared_name(name): return name.replace('text_encoder.text_model.', 'text_encoder.') # a prefix that some versions of transformers have
+
 def fingerprint(
     pipe, # StableDiffusionPipeline
 )->str: # 16 hexadecimal digits
     "A hash of the weights, the noise schedule, and what is switched on of adapters, which decide what a pipeline draws."
     schedule = json.dumps({k: v for k, v in dict(pipe.scheduler.config).items() if k[0] != '_' or k == '_class_name'}, sort_keys=True, default=str)
     parts = {o: getattr(pipe, o) for o in ('unet', 'text_encoder', 'vae')}
-    named, more = [(f"{part}.{name.removeprefix('text_model.')}", p) for part, m in parts.items() for name, p in m.named_parameters()], schedule + _adapters(parts)
+    named, more = [(_shared_name(f'{part}.{name}'), p) for part, m in parts.items() for name, p in m.named_parameters()], schedule + _adapters(parts)
     seen = more, _glance(named)
     if vars(pipe).get('_glanced', (None,))[0] != seen: vars(pipe)['_glanced'] = seen, weights_hash(named, more)
     return vars(pipe)['_glanced'][1]
