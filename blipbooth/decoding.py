@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CACHE', 'quiet_transformers', 'random_blip', 'heads', 'vision_features', 'image_memory', 'ImageCache', 'fold',
            'unfold', 'text_layer', 'visible', 'listened', 'record', 'FixedStep', 'fixed_step', 'FastDecoder',
-           'PackedLinear', 'packable', 'packed', 'fast_generate', 'Finished', 'best_sums', 'BeamGroup', 'beam_loop',
-           'diverse_beam_search', 'progress_of', 'alternatives', 'Constrained', 'constrained_beam_search',
+           'PackedLinear', 'packable', 'packs', 'packed', 'fast_generate', 'Finished', 'best_sums', 'BeamGroup',
+           'beam_loop', 'diverse_beam_search', 'progress_of', 'alternatives', 'Constrained', 'constrained_beam_search',
            'GumbelNoise', 'seeded_sample']
 
 # %% ../nbs/02_decoding.ipynb #b5d460a6
@@ -348,11 +348,18 @@ def _state(modules): # what has to be the same for a packed copy to be good
         return p._version, p.data_ptr(), int(raw[:whole].view(torch.int64).sum()), int(raw[whole:].sum())
     return [(id(m), *(mark(m.weight) if packable(m) else ())) for m in modules]
 
+def packs(
+    model, # a module
+)->bool: # on a CPU whose library can do it, and no gradients are wanted
+    "Whether a model's layers may be packed."
+    able = platform.machine() in ('x86_64', 'AMD64') and torch.backends.mkldnn.is_available()
+    return able and not torch.is_grad_enabled() and next(model.parameters()).device.type == 'cpu'
+
 def packed(
     model, # a text decoder or a vision model
 ): # with its linear layers packed, or the same one where gradients are wanted, hooks wait, or the processor cannot
     "A model that reads its weights faster."
-    if torch.is_grad_enabled() or model.device.type != 'cpu' or listened(model) or platform.machine() not in ('x86_64', 'AMD64') or not torch.backends.mkldnn.is_available(): return model
+    if not packs(model) or listened(model): return model
     state = _state(model.modules())
     if _packed.get(model, (None,))[0] != state:
         shared = {id(t): t for t in (*model.parameters(), *model.buffers())}

@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw, PngImagePlugin
 from .core import BoothError, Settings, atomic_write, generator, load_json, nearest, progress, randn, resolve_model, weights_hash
 from .decoding import quiet_transformers
 from .diffusion import Guidance, alpha_sigma, answer_for, predict_x0, _check_name, _within
+from .layers import compiled, quick, watched
 from .images import Photo, _font, _gap, _paste, _wrap, fit, load_image, show_grid, to_tensor
 
 # %% ../nbs/08_sampling.ipynb #aa4d550e
@@ -302,12 +303,10 @@ def _remembering(forward, most=4):
         return known[id(x)][1]
     return remembered
 
-def _compiled(unet): return hasattr(unet, '_orig_mod') or getattr(unet, '_compiled_call_impl', None) is not None
-
 @contextmanager
 def _text_once(unet):
     "While it lasts, the UNet makes keys and values of a text once."
-    cross = [] if _compiled(unet) else [o for name, o in unet.named_modules() if name.endswith('attn2') and o.is_cross_attention]
+    cross = [] if compiled(unet) else [o for name, o in unet.named_modules() if name.endswith('attn2') and o.is_cross_attention]
     layers = [p for o in cross for p in (o.to_k, o.to_v)]
     if cross and unet.config.addition_embed_type == 'text': layers.append(unet.add_embedding)
     was = [vars(o).get('forward') for o in layers]
@@ -361,11 +360,10 @@ class _Replayed:
 def _recordable(unet, x):
     "Whether the UNet's forward on tensors like `x` may be recorded."
     if x.device.type != 'cuda' or x.device.index != torch.cuda.current_device() or torch.is_grad_enabled(): return False
-    return getattr(unet, 'may_record', True) and not _compiled(unet) and not _listened(unet)
+    return getattr(unet, 'may_record', True) and not compiled(unet) and not watched(unet) and not _custom(unet)
 
-def _listened(unet):
-    "Whether somebody watches the UNet's layers."
-    if any(o._forward_hooks or o._forward_pre_hooks or 'forward' in vars(o) or hasattr(o, '_hf_hook') for o in unet.modules()): return True
+def _custom(unet):
+    "Whether a UNet's attention is somebody's own."
     return any(type(o).__module__.split('.')[0] != 'diffusers' for o in unet.attn_processors.values())
 
 @contextmanager
@@ -662,7 +660,7 @@ def _print(pipe, jobs, batch, callback, long, restore_mean, steps_each, **kwargs
         bar.update(len(done)*of + step - bar.n)
         if callback: callback(len(done)*of + step, bar.total, latents)
     tick.clean = getattr(callback, 'clean', False)
-    with bar, _inference(pipe):
+    with bar, _inference(pipe), quick(pipe.unet, pipe.vae):
         embeds, pieces = _texts(pipe, jobs, long, restore_mean)
         todo = [(o, k) for k, same in itertools.groupby(zip(jobs, pieces), key=lambda o: o[1]) for o in _cut([j for j, _ in same], batch)]
         bar.total = steps_each*len(todo)
