@@ -38,6 +38,7 @@ from .decoding import quiet_transformers
 from .concept import Concept, check_name, load_masks, training_set
 from .core import BoothError, atomic_dir, atomic_write, file_hash, nearest, stateless_seed
 from .diffusion import add_noise, alpha_sigma, debiased_weight, logit_normal, min_snr_weight, p2_weight, prior_loss, snr, target
+from .layers import attend_narrowly, conv2d, winograd_conv2d, winograd_suits
 from .learner import Callback, Learner
 from .priors import load_priors
 from .sampling import fill, is_small, make_scheduler, suited_guidance, _check_prompts, _check_steps
@@ -358,6 +359,7 @@ def choose_parts(
             part._hf_peft_config_loaded = True  # as `add_adapter` leaves it, which in transformers 5.24 waits for a peft that is not out
     if cfg.train.token and cfg.train.text_encoder != 'full': _open_rows(pipe, [c.token for c in cfg.concepts] or [cfg.token])
     remember_less(net.unet)
+    attend_narrowly(net.unet)
     fuse_lora(net)
     return net
 
@@ -368,11 +370,12 @@ class _Frozen(torch.autograd.Function):
     def forward(ctx, x, weight, bias, *how):
         ctx.save_for_backward(weight)
         ctx.size, ctx.dtype, ctx.how = x.shape, x.dtype, how
-        return F.conv2d(x, weight, bias, *how)
+        return conv2d(x, weight, bias, *how)
 
     @staticmethod
     def backward(ctx, g):
         (w,), (stride, padding, dilation, groups) = ctx.saved_tensors, ctx.how
+        if winograd_suits(g, w.transpose(0, 1), *ctx.how): return winograd_conv2d(g, w.transpose(0, 1).flip(2, 3)), *[None]*6
         x = g.new_empty(ctx.size)  # never read: it stands for the input's shape
         dx = torch.ops.aten.convolution_backward(g, x, w.to(g.dtype), None, stride, padding, dilation, False, [0, 0], groups, [True, False, False])[0]
         return dx.to(ctx.dtype), *[None]*6

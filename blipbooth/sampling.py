@@ -364,7 +364,7 @@ def _recordable(unet, x):
 
 def _custom(unet):
     "Whether a UNet's attention is somebody's own."
-    return any(type(o).__module__.split('.')[0] != 'diffusers' for o in unet.attn_processors.values())
+    return any(type(o).__module__.split('.')[0] not in ('diffusers', 'blipbooth') for o in unet.attn_processors.values())
 
 @contextmanager
 def _replaying(unet, x):

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor2_0
 from peft.tuners.lora import Linear as LoraLinear
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -88,6 +89,7 @@ class Plain:
         self.pipe, self.cfg, self.c, self.k = pipe, cfg, concept(), 0
         self.net = choose_parts(pipe, cfg)
         for m in self.net.modules(): m.__class__ = PLAINLY.get(type(m), type(m))
+        pipe.unet.set_attn_processor(AttnProcessor2_0())
         for p in [*self.net.parameters(), *pipe.vae.parameters()]:
             if half(cfg) and not p.requires_grad: p.data = p.data.to(half(cfg))
         self.params = [p for p in self.net.parameters() if p.requires_grad]
