@@ -254,7 +254,7 @@ def tensor(self:Views,
 def posteriors(
     vae,         # an AutoencoderKL
     views:Views, # pictures
-    batch:int=None,# pictures at a time; None: as many as take the room of one of 512 pixels, 16 at most
+    batch:int=None,# pictures at a time; None: as many as take the room of one of 256 pixels, 16 at most
 ) -> tuple:      # two lists, one (4, h, w) a row: means, standard deviations
     "The latent posterior of every picture."
     p, mean, std = next(vae.parameters()), {}, {}
@@ -262,7 +262,7 @@ def posteriors(
     for r in range(len(views)): groups.setdefault(views.shapes[r % views.n], []).append(r)
     for rows in groups.values():
         h, w = views.shapes[rows[0] % views.n]
-        some = batch or min(16, max(1, 512*512//(h*w)))
+        some = batch or min(16, max(1, 256*256//(h*w)))
         for part in (rows[i:i + some] for i in range(0, len(rows), some)):
             d = vae.encode(torch.stack([views.tensor(r) for r in part]).to(p.device, p.dtype)).latent_dist
             for r, m, s in zip(part, d.mean.float().cpu(), d.std.float().cpu()): mean[r], std[r] = m, s
