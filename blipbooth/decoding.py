@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from fastcore.basics import listify, patch
 from transformers import (BertTokenizer, BlipConfig, BlipForConditionalGeneration, BlipProcessor, DynamicCache, GenerationMixin,
     LogitsProcessor, LogitsProcessorList)
+from transformers.activations import GELUActivation
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel
 from transformers.utils import logging as hf_logging
@@ -323,12 +324,13 @@ class PackedLinear(torch.nn.Module):
     def __init__(self,
         layer:torch.nn.Linear, # the layer to stand in for
         rows:int=20, # how many rows to expect at once; any number works
+        then:str='none', # what follows on each number before it is written: 'none' or 'gelu'
     ):
         super().__init__()
-        self.bias, self.laid = layer.bias, torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
+        self.then, self.bias, self.laid = then, layer.bias, torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
 
     def forward(self, x):
-        return torch.ops.mkldnn._linear_pointwise(x, self.laid, self.bias, 'none', [], '')
+        return torch.ops.mkldnn._linear_pointwise(x, self.laid, self.bias, self.then, [], 'none')
 
 def packable(
     layer, # a module
@@ -348,6 +350,14 @@ def _state(modules): # what has to be the same for a packed copy to be good
         return p._version, p.data_ptr(), int(raw[:whole].view(torch.int64).sum()), int(raw[whole:].sum())
     return [(id(m), *(mark(m.weight) if packable(m) else ())) for m in modules]
 
+def _pack(m): # lay the weights of a module's own linear layers; a `gelu` behind one goes into it
+    for linear, act in (('fc1', 'activation_fn'), ('dense', 'intermediate_act_fn')):
+        if type(getattr(m, act, None)) is GELUActivation and packable(getattr(m, linear)):
+            setattr(m, linear, PackedLinear(getattr(m, linear), then='gelu'))
+            setattr(m, act, torch.nn.Identity())
+    for name, child in list(m.named_children()):
+        if packable(child): setattr(m, name, PackedLinear(child))
+
 def packs(
     model, # a module
 )->bool: # on a CPU whose library can do it, and no gradients are wanted
@@ -364,9 +374,7 @@ def packed(
     if _packed.get(model, (None,))[0] != state:
         shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
         twin = copy.deepcopy(model, shared)                  # modules are copied, tensors are not
-        for m in list(twin.modules()):
-            for name, child in list(m.named_children()):
-                if packable(child): setattr(m, name, PackedLinear(child))
+        for m in list(twin.modules()): _pack(m)
         _packed[model] = state, twin
     return _packed[model][1]
 

@@ -102,7 +102,7 @@ class FusedGEGLU(torch.nn.Module):
     ):
         super().__init__()
         w, b = gate.proj.weight.detach(), gate.proj.bias
-        self.value, self.gate = (torch.ops.mkldnn._reorder_linear_weight(o.contiguous()) for o in w.chunk(2))
+        self.value, self.gate = (torch.ops.mkldnn._reorder_linear_weight(o.contiguous(), 1024) for o in w.chunk(2))
         self.biases = (None, None) if b is None else b.detach().chunk(2)
 
     def forward(self, hidden_states, *args, **kwargs):
