@@ -135,16 +135,16 @@ def speed(pipe, model, repeats, steps=20):
         tried(race, 'loop with channels last against pipeline, n=8', lambda: ours(fast), pipeline, repeats, bar=1.1, model=model)
         del fast
         tried(memory, 'peak memory of loop and pipeline, n=8', ours, pipeline, model=model)
-    tried(race, 'interval (0.2, 0.6) against the whole way, n=8', lambda: sample(pipe, FOX, n=8, steps=30, interval=(0.2, 0.6)), lambda: sample(pipe, FOX, n=8, steps=30), repeats, bar=1.3, model=model)
+    tried(race, 'interval (0.2, 0.5) against the whole way, n=8', lambda: sample(pipe, FOX, n=8, steps=30, interval=(0.2, 0.5)), lambda: sample(pipe, FOX, n=8, steps=30), repeats, bar=1.3, model=model)
     if model == 'sd15': return
     tried(race, 'loop against one image at a time, n=8', ours, lambda: [sample(pipe, FOX, index=i, steps=steps) for i in range(8)], repeats, model=model)
-    tried(prompt_fidelity, 'prompt fidelity, interval (0.2, 0.6) against the whole way', pipe)
+    tried(prompt_fidelity, 'prompt fidelity, interval (0.2, 0.5) against the whole way', pipe)
 
 
 def prompt_fidelity(title, pipe, n=2, steps=30): # the other half of the interval's bar: the matcher's similarity of print and prompt, with and without
     prompts = [f'a {o} on a {c} background' for o in ('fox', 'pizza', 'robot', 'owl') for c in ('purple', 'green', 'red', 'yellow')]
     matcher, out = Matcher.from_pretrained(), {}
-    for name, interval in dict(whole=None, interval=(0.2, 0.6)).items():
+    for name, interval in dict(whole=None, interval=(0.2, 0.5)).items():
         images = sample(pipe, prompts, n=n, steps=steps, interval=interval)
         sims = matcher.similarity(images, prompts).cpu().reshape(len(prompts), n, -1)
         out[name] = round(float(torch.stack([sims[i, :, i].mean() for i in range(len(prompts))]).mean()), 4)
