@@ -36,9 +36,10 @@ def _coefficients(roots): # of the polynomial with these roots, the constant fir
     for r in roots: c = F.pad(c, (1, 0)) - r*F.pad(c, (0, 1))
     return c
 
-# %% ../nbs/06_layers.ipynb #f6435ef9
+# %% ../nbs/06_layers.ipynb #f61551c3
 @lru_cache
-def _kron(): return tuple(torch.kron(o, o).float() for o in winograd_matrices())
+def _kron():
+    with torch.device('cpu'): return tuple(torch.kron(o, o).float() for o in winograd_matrices())
 
 _ROOM = 7<<20 # numbers in a piece
 
