@@ -11,6 +11,7 @@ from .images import *
 from .decoding import *
 from .captioning import *
 from .matching import *
+from .layers import *
 from .diffusion import *
 from .sampling import *
 from .priors import *
