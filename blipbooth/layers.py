@@ -162,12 +162,14 @@ def _plain(attn): # projections, attention, projection, and nothing else
     return not any(o is not None for o in extra) and not attn.residual_connection and attn.rescale_output_factor == 1 and not attn.only_cross_attention
 
 # %% ../nbs/06_layers.ipynb #f6c28fcf
+def _fused(model): # layers of diffusers' own fused attention
+    return [m for m in model.modules() if isinstance(m, Attention) and type(m.processor) is AttnProcessor2_0]
+
 def attend_narrowly(
     model, # a UNet
 ):
     "Let a model's attention work by `NarrowHeads`."
-    for m in model.modules():
-        if isinstance(m, Attention) and type(m.processor) is AttnProcessor2_0: m.set_processor(NarrowHeads())
+    for m in _fused(model): m.set_processor(NarrowHeads())
 
 # %% ../nbs/06_layers.ipynb #f66468f5
 def compiled(
@@ -192,7 +194,7 @@ def _stand_ins(model): # (layer, attribute, what stands in)
     inside = {id(o.proj) for o in gates}
     yield from ((o, 'forward', FusedGEGLU(o).forward) for o in gates)
     yield from ((o, 'forward', PackedLinear(o).forward) for o in mine if packable(o) and id(o) not in inside)
-    yield from ((o, 'processor', NarrowHeads()) for o in mine if isinstance(o, Attention) and type(o.processor) is AttnProcessor2_0)
+    yield from ((o, 'processor', NarrowHeads()) for o in _fused(model))
     yield from ((o, 'forward', partial(_convolved, o)) for o in mine if isinstance(o, torch.nn.Conv2d) and o.padding_mode == 'zeros' and not isinstance(o.padding, str))
 
 def _convolved(layer, x): return conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
