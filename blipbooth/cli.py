@@ -91,28 +91,33 @@ def match(
 def priors(
     noun:str,          # what the class is, such as fox
     out:str=None,      # folder; without one, the cache keeps them
-    n:int=100,         # how many to keep
+    n:int=None,        # how many to keep; without it, 50 from the bundled model, and 100 where --threshold, --dedupe or --candidates say which, or from another model
     model:str=None,    # hub name or folder of a Stable Diffusion; without one, the bundled model
     seed:int=0,        # image i is a function of (seed, i)
     prompts:str=None,  # a text file with a prompt in each line; without one, the plain class
     photos:str=None,   # photos of the subject: the class is drawn in their places, read off by the captioner
-    threshold:float=0.,# least probability that an image shows the class, up to 1; 0 keeps all
+    threshold:float=None,# least probability that an image shows the class, up to 1; 0 keeps all; without it, what suits the model
     dedupe:float=None, # cosine of embeddings from which two images count as one, such as 0.995; without it, both stay
+    candidates:int=None,# how many are drawn for each that is kept, the one least like those before it; without it, what suits the model
+    matcher:str=None,  # hub name or folder of a BLIP that judges; without one, the bundled model
     steps:int=25,      # sampling steps
     guidance:float=4., # classifier-free guidance
     batch:int=16,      # pictures at a time
-    tries:int=4,       # with --threshold or --dedupe: at most this many times n are drawn
+    tries:int=4,       # where images are judged: at most this many times n are drawn
     check:bool=False,  # draw nothing: check the class images in --out
 ):
     "Draw class images with an untouched model."
     from blipbooth.core import BoothError
+    from blipbooth.dreambooth import PriorConfig, suited_priors
     from blipbooth.matching import Matcher
     from blipbooth.priors import load_priors, make_priors
     from blipbooth.sampling import load_pipeline
     if check and not out: raise BoothError("--check without --out: name the folder to check")
-    matcher = Matcher.from_pretrained() if threshold or dedupe else None
-    if check: made = load_priors(out, noun, matcher, threshold, dedupe)
-    else: made = make_priors(load_pipeline(model), noun, n, out, seed, _class_prompts(noun, prompts, photos), matcher, threshold, dedupe, steps, guidance, batch, tries)
+    pipe, said = None if check else load_pipeline(model), PriorConfig(threshold=threshold, dedupe=dedupe or 0., candidates=candidates or 0)
+    p = said if check else suited_priors(said, pipe)
+    judge = dict(matcher=Matcher.from_pretrained(matcher) if p.threshold or p.dedupe or p.candidates > 1 else None, threshold=p.threshold, dedupe=dedupe)
+    if check: made = load_priors(out, noun, **judge)
+    else: made = make_priors(pipe, noun, p.n if n is None else n, out, seed, _class_prompts(noun, prompts, photos), **judge, steps=steps, guidance=guidance, batch=batch, tries=tries, candidates=p.candidates)
     print(f'{made}: {made.folder}')
     print('\n'.join(f'{k.replace("_", " "):18}{v}' for k, v in made.summary().items()))
 

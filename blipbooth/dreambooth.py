@@ -6,10 +6,10 @@
 __all__ = ['PRESETS', 'TrainConfig', 'PriorConfig', 'LossConfig', 'CheckpointConfig', 'PrintsConfig', 'DataConfig',
            'ConceptConfig', 'DreamBoothConfig', 'preset', 'config_fields', 'check_photos', 'load_concepts', 'Trained',
            'choose_parts', 'FrozenConv2d', 'LeanGEGLU', 'FrozenGroupNorm', 'LeanSiLU', 'remember_less', 'FusedLora',
-           'fuse_lora', 'token_rows', 'parameter_table', 'DreamBoothLoss', 'suited_steps', 'learning_rates',
-           'parameter_groups', 'lr_factor', 'make_optimizer', 'make_schedule', 'check_named', 'resolution',
-           'data_options', 'made_with', 'check_run', 'spare_parts', 'run_callbacks', 'build_learner', 'Estimate',
-           'estimate', 'open_run', 'merge_lora', 'export_pipeline']
+           'fuse_lora', 'token_rows', 'parameter_table', 'DreamBoothLoss', 'suited_steps', 'suited_priors',
+           'learning_rates', 'parameter_groups', 'lr_factor', 'make_optimizer', 'make_schedule', 'check_named',
+           'resolution', 'data_options', 'made_with', 'check_run', 'spare_parts', 'run_callbacks', 'build_learner',
+           'Estimate', 'estimate', 'open_run', 'merge_lora', 'export_pipeline']
 
 # %% ../nbs/13_dreambooth.ipynb #8c254960
 import dataclasses, json, math, re, warnings, weakref
@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from importlib import import_module
 from types import SimpleNamespace
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional
 import torch
 import torch.nn.functional as F
 from torch.autograd.graph import _engine_run_backward
@@ -61,10 +61,11 @@ class TrainConfig:
 @dataclass
 class PriorConfig:
     "Class images that hold the model in place."
-    n:int = _f(100, 'how many class images')
+    n:int = _f(0, 'how many class images; 0: 100, or 50 of as many drawn where the choice of them is left open')
     weight:float = _f(1., 'weight of their loss; 0 trains without prior preservation')
-    threshold:float = _f(0., 'least ITM probability that a class image shows the class; 0 keeps all')
+    threshold:Optional[float] = _f(None, 'least ITM probability that a class image shows the class; 0 keeps all; null: what suits the model (bundled 0.6, with candidates=2; Stable Diffusion 0)')
     dedupe:float = _f(0., 'cosine of embeddings from which two class images count as one, such as 0.995; 0 keeps both')
+    candidates:int = _f(0, 'how many are drawn for each class image, of which the one least like those before it is kept; 0: 1, unless the choice is left open')
     folder:str = _f('', 'class images that exist already; empty: they are made')
 
 # %% ../nbs/13_dreambooth.ipynb #cb87a9e4
@@ -138,6 +139,8 @@ class DreamBoothConfig:
     class_noun:str = _f('', 'what the subject is, such as "fox"')
     out:str = _f('', 'run folder; empty: runs/CLASS_NOUN')
     model:str = _f('', 'hub name or folder of a Stable Diffusion; empty: the bundled one')
+    captioner:str = _f('', 'hub name or folder of a BLIP that captions the photos and reads the prints; empty: the bundled one, which knows emoji')
+    matcher:str = _f('', 'hub name or folder of a BLIP that compares pictures and judges class images; empty: the bundled one, which knows emoji')
     seed:int = _f(0, 'root of every random number')
     steps:int = _f(0, 'optimizer steps; 0: what suits the model (bundled 400, Stable Diffusion 800)')
     batch_size:int = _f(2, 'photos in a step (a process); as many class images come with them')
@@ -170,11 +173,11 @@ class DreamBoothConfig:
 
 # %% ../nbs/13_dreambooth.ipynb #a96d43e8
 PRESETS = {
-    'fast': {'train.unet': 'lora', 'train.text_encoder': 'off', 'steps': 150, 'prior.n': 50},
+    'fast': {'train.unet': 'lora', 'train.text_encoder': 'off', 'steps': 150, 'prior.n': 50, 'prior.threshold': 0.},
     'faithful': {'steps': 600, 'prior.n': 200, 'min_snr': 5., 'warmup': 30, 'checkpoint.every': 100, 'checkpoint.keep': 6},
     'low-memory': {'train.unet': 'lora', 'train.text_encoder': 'off', 'batch_size': 1, 'accumulate': 2, 'gradient_checkpointing': True},
-    'paper': {'lr': 5e-6, 'steps': 1000, 'batch_size': 1, 'warmup': 0, 'schedule': 'constant', 'prior.n': 1000, 'prior.weight': 1.},
-    'original': {'lr': 1e-6, 'steps': 800, 'batch_size': 1, 'warmup': 0, 'schedule': 'constant', 'clip': 0., 'flip': True, 'seed': 23, 'prior.weight': 1.},
+    'paper': {'lr': 5e-6, 'steps': 1000, 'batch_size': 1, 'warmup': 0, 'schedule': 'constant', 'prior.n': 1000, 'prior.threshold': 0., 'prior.weight': 1.},
+    'original': {'lr': 1e-6, 'steps': 800, 'batch_size': 1, 'warmup': 0, 'schedule': 'constant', 'clip': 0., 'flip': True, 'seed': 23, 'prior.threshold': 0., 'prior.weight': 1.},
 }
 
 def preset(
@@ -220,7 +223,7 @@ def _merge(path, overrides):
     return OmegaConf.to_container(OmegaConf.merge(*layers))
 
 # %% ../nbs/13_dreambooth.ipynb #17835b82
-_KINDS = {bool: ('true or false', 'true'), int: ('a whole number', '{}'), float: ('a number', '{}'), str: ('a text', '{!r}'), list: ('a list', '[a, b]'), dict: ('a set of names and values', '{{a: 1}}')}
+_KINDS = {bool: ('true or false', 'true'), int: ('a whole number', '{}'), float: ('a number', '{}'), str: ('a text', '{!r}'), list: ('a list', '[a, b]'), dict: ('a set of names and values', '{{a: 1}}'), type(None): ('a number', '0.6')}
 
 def _mistyped(e):
     "What is wrong with a value of the wrong type, and how its key is written."
@@ -247,7 +250,7 @@ def load(cls:DreamBoothConfig,
     except TypeError as e: raise BoothError(f"{path or 'the config'} cannot be read: {e}; optimizer_args and schedule_args are sets of names and values, such as optimizer_args.eps=1e-6") from None
 
 # %% ../nbs/13_dreambooth.ipynb #6bbaf7c3
-_LEAST = {'steps': 0, 'batch_size': 1, 'accumulate': 1, 'prior.n': 1, 'prior.weight': 0, 'prior.threshold': 0, 'prior.dedupe': 0, 'lr': 0, 'resolution': 0, 'checkpoint.every': 1, 'checkpoint.keep': 1,
+_LEAST = {'steps': 0, 'batch_size': 1, 'accumulate': 1, 'prior.n': 0, 'prior.weight': 0, 'prior.threshold': 0, 'prior.dedupe': 0, 'prior.candidates': 0, 'lr': 0, 'resolution': 0, 'checkpoint.every': 1, 'checkpoint.keep': 1,
           'train.rank': 1, 'min_photos': 1, 'weight_decay': 0, 'warmup': 0, 'clip': 0, 'min_snr': 0, 'train.unet_lr': 0, 'train.text_encoder_lr': 0, 'train.token_lr': 0, 'data.views': 1, 'data.colour': 0,
           'data.dropout': 0, 'data.background': 0, 'loss.huber': 1e-6, 'loss.noise_offset': 0, 'loss.input_perturbation': 0, 'loss.t_min': 0, 'loss.t_max': 0, 'loss.t_std': .01,
           'ema': 0, 'checkpoint.epochs': 0, 'checkpoint.minutes': 0, 'checkpoint.patience': 0, 'prints.every': 0, 'prints.guidance': 0, 'prints.steps': 1}
@@ -263,9 +266,9 @@ def _get(cfg, key): return getattr(getattr(cfg, key.split('.')[0]), key.split('.
 def check(self:DreamBoothConfig):
     "Refuse values that cannot work; returns self."
     for k, lo in _LEAST.items():
-        if not _get(self, k) >= lo: raise BoothError(f"{k}={_get(self, k)} is below {lo}; raise it")
+        if not (_get(self, k) is None or _get(self, k) >= lo): raise BoothError(f"{k}={_get(self, k)} is below {lo}; raise it")
     for k, hi in _MOST.items():
-        if _get(self, k) > hi: raise BoothError(f"{k}={_get(self, k)} is above {hi}; lower it")
+        if (_get(self, k) or 0) > hi: raise BoothError(f"{k}={_get(self, k)} is above {hi}; lower it")
     for k in ('unet', 'text_encoder'): setattr(self.train, k, {'True': 'full', 'False': 'off'}.get(str(getattr(self.train, k)).capitalize(), str(getattr(self.train, k))))
     if self.data.cache == 'False': self.data.cache = 'off'  # YAML reads off as false, and no
     if self.mixed_precision == 'False': self.mixed_precision = 'no'
@@ -314,7 +317,7 @@ def load_concepts(
         if c.captions not in ('', 'captioner', 'sidecars'): raise BoothError(f"captions={c.captions!r} is unknown; it is captioner, sidecars, or empty for texts or the template")
         if c.captions == 'captioner' and captioner is None:
             from blipbooth.captioning import Captioner
-            captioner = Captioner.from_pretrained()
+            captioner = Captioner.from_pretrained(cfg.captioner or None)
         captions = captioner if c.captions == 'captioner' else c.captions or list(c.texts) or None
         priors = load_priors(c.prior_folder, c.class_noun) if c.prior_folder and cfg.prior.weight else None
         out.append(Concept(c.photos, c.token, c.class_noun, captions, priors, c.template, c.masks or None, c.weight))
@@ -581,6 +584,15 @@ def suited_steps(
     "How many steps suit a model, with the other defaults."
     return 400 if is_small(pipe) else 800
 
+def suited_priors(
+    prior, # PriorConfig
+    pipe,  # StableDiffusionPipeline
+) -> PriorConfig: # with n, threshold and candidates
+    "The class images as configured; what is left open as it held best for the bundled model (see `make_priors`), or as is usual."
+    open_ = is_small(pipe) and prior.threshold is None and not (prior.dedupe or prior.candidates or prior.folder)
+    threshold, candidates = (.6, 2) if open_ else (prior.threshold or 0., prior.candidates or 1)
+    return dataclasses.replace(prior, n=prior.n or (50 if open_ else 100), threshold=threshold, candidates=candidates)
+
 def learning_rates(
     cfg,  # DreamBoothConfig
     pipe, # StableDiffusionPipeline
@@ -687,7 +699,7 @@ def made_with(
     concepts, # what was learned
 ) -> dict:
     "What must not change between a run and its resumption."
-    free = ['out', 'photos', 'min_photos', 'preset', 'concepts', 'data.masks', 'data.cache', 'trackers'] + [k for k in config_fields() if k.startswith(('checkpoint.', 'prints.'))] + ['steps']*(cfg.schedule == 'constant')
+    free = ['out', 'photos', 'min_photos', 'preset', 'concepts', 'data.masks', 'data.cache', 'trackers', 'captioner', 'matcher', 'prior.candidates'] + [k for k in config_fields() if k.startswith(('checkpoint.', 'prints.'))] + ['steps']*(cfg.schedule == 'constant')
     info = {k: v for k, v in _flat(cfg).items() if k not in free}
     all_of = lambda f: [x for c in concepts for x in f(c)]
     info |= dict(photo_hashes=all_of(lambda c: [p.hash for p in c.photos]), captions=all_of(lambda c: c.captions), priors=all_of(lambda c: [r['hash'] for r in c.priors.kept] if c.priors else []))

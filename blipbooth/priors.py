@@ -45,7 +45,7 @@ class Priors:
 def summary(self:Priors)->dict: # kept, tries, rejection_rate, and how many were refused for which reason
     "The set in numbers."
     why = Counter(r['why'].split()[0] for r in self.records if not r['kept'])
-    return dict(kept=len(self), tries=len(self.records), rejection_rate=round(self.rejection_rate, 4), unlike_the_class=why['score'], near_duplicates=why['like'])
+    return dict(kept=len(self), tries=len(self.records), rejection_rate=round(self.rejection_rate, 4), unlike_the_class=why['score'], near_duplicates=why['like'], passed_over=why['passed'])
 
 # %% ../nbs/09_priors.ipynb #048014cc
 _places = 'on in at under over near beside behind against by'.split()
@@ -83,29 +83,42 @@ def class_prompts(
 def _packed(vector): return base64.b64encode(vector.numpy().astype('<f2').tobytes()).decode()
 def _unpacked(text): return np.frombuffer(base64.b64decode(text), '<f2').astype(np.float32)
 
-def _why_not(r, vectors, names, threshold, dedupe):
-    "Why a try is not kept; None if it is."
-    if threshold and r['score'] is not None and r['score'] < threshold: return f"score {r['score']:.3f} is below {threshold}"
-    if dedupe is None or r['vector'] is None or not vectors: return None
-    alike = np.stack(vectors) @ _unpacked(r['vector'])
-    i = int(alike.argmax())
-    return f'like {names[i]} ({alike[i]:.4f})' if alike[i] >= dedupe else None
+def _nearest(r, kept):
+    "The kept picture that a try is most like, and the cosine of the two."
+    if r['vector'] is None or not kept: return '', 0.
+    alike = np.stack(list(kept.values())) @ _unpacked(r['vector'])
+    return list(kept)[int(alike.argmax())], float(alike.max())
 
+def _chosen(group, kept, threshold, dedupe):
+    "Which of some tries is kept (None: none), and why the others are not."
+    near, whys = {i: _nearest(r, kept) for i, r in group.items()}, {}
+    for i, r in group.items():
+        if threshold and r['score'] is not None and r['score'] < threshold: whys[i] = f"score {r['score']:.3f} is below {threshold}"
+        elif dedupe is not None and near[i][1] >= dedupe: whys[i] = f'like {near[i][0]} ({near[i][1]:.4f})'
+    best = min(group.keys() - whys, key=lambda i: (near[i][1], i), default=None)
+    for i in group.keys() - whys - {best}: whys[i] = f'passed over for number {best} (its nearest {near[best][1]:.4f}, here {near[i][1]:.4f})'
+    return best, whys
+
+
+# %% ../nbs/09_priors.ipynb #8cce64f4
 def decide(
     tries:dict, # {index: dict with score, vector (packed), hash, …}
     n:int,      # how many to keep
     threshold:float=None, # least score; None keeps all
     dedupe:float=None, # cosine from which two pictures count as one; None keeps all
+    candidates:int=1, # of so many tries one is kept
 )->list:        # a record a try, in order; ends with the n-th that is kept, or where a try is missing
     "Which tries are kept, and why the others are not."
-    records, vectors, names = [], [], []
-    for i in itertools.count():
-        if len(names) == n or i not in tries: return records
-        r, why = tries[i], _why_not(tries[i], vectors, names, threshold, dedupe)
-        name = r.get('file', f'{i:05d}.png')
-        file = name if why is None or 'file' in r else f'tries/{name}'
-        records.append({**{k: v for k, v in r.items() if k != 'vector'}, 'kept': why is None, 'why': why, 'file': file})
-        if why is None: names.append(name), vectors.append(None if r['vector'] is None else _unpacked(r['vector']))
+    records, kept = [], {}
+    for first in itertools.count(0, candidates):
+        group = {i: tries.get(i) for i in range(first, first + candidates)}
+        if len(kept) == n or None in group.values(): return records
+        best, whys = _chosen(group, kept, threshold, dedupe)
+        for i, r in group.items():
+            name = r.get('file', f'{i:05d}.png')
+            file = name if i == best or 'file' in r else f'tries/{name}'
+            records.append({**{k: v for k, v in r.items() if k != 'vector'}, 'kept': i == best, 'why': whys.get(i), 'file': file})
+        if best is not None: kept[records[best]['file']] = None if group[best]['vector'] is None else _unpacked(group[best]['vector'])
 
 # %% ../nbs/09_priors.ipynb #78d355f7
 def _adopted(folder, class_noun, matcher, threshold, dedupe):
@@ -168,9 +181,9 @@ def load_priors(
     return _checked(folder, records or _adopted(folder, class_noun, matcher, threshold, dedupe))
 
 # %% ../nbs/09_priors.ipynb #1f4c1086
-def _settings(pipe, class_noun, seed, prompts, matcher, threshold, dedupe, how):
+def _settings(pipe, class_noun, seed, prompts, matcher, choice, how):
     "What has to be equal for a folder to be gone on with, as plain values."
-    judge = matcher and dict(model=weights_hash(matcher.model.named_parameters()), threshold=threshold, dedupe=dedupe)
+    judge = matcher and dict(model=weights_hash(matcher.model.named_parameters()), **choice)
     plain = lambda x: x.changes() if isinstance(x, Guidance) else dict(x.config) if hasattr(x, 'config') else str(x)
     return json.loads(json.dumps(dict(model=fingerprint(pipe), class_noun=class_noun, seed=seed, prompts=prompts, matcher=judge, **how), default=plain))
 
@@ -204,6 +217,7 @@ class _Work:
     n:int       # how many to keep
     cap:int     # how many to draw at most
     batch:int   # tries in a block
+    candidates:int=1 # of so many tries one is kept
     @property
     def tries(self): return self.folder/'tries'
     def lock(self, name='log', timeout=-1): return FileLock(str(self.tries/f'.{name}.lock'), timeout=timeout)
@@ -237,7 +251,7 @@ def done(self:_Work): # Priors, or None
 @patch
 def draw(self:_Work, pipe, matcher, todo, class_noun, seed, prompts, how):
     "Draw some tries, look at them, and log them."
-    texts, seeds = [prompts[i % len(prompts)] for i in todo], [stateless_seed(seed, 'prior', i) for i in todo]
+    texts, seeds = [prompts[i//self.candidates % len(prompts)] for i in todo], [stateless_seed(seed, 'prior', i) for i in todo]
     images = sample(pipe, texts, seed=seeds, batch=len(todo), **how)
     looked = _looks(matcher, images, class_noun)
     with self.lock():
@@ -275,21 +289,24 @@ def make_priors(
     guidance=4.,         # classifier-free guidance, see `sample`
     batch:int=16,        # pictures at a time
     tries:int=4,         # with a matcher: at most `tries*n` pictures are drawn
+    candidates:int=1,    # with a matcher: of so many tries at one prompt, the one least like those kept before it is kept
     **how,               # more for `sample`, such as scheduler, size or negative
 ) -> Priors:
     "Draw class images, keep the good ones, log them all; an interrupted call goes on."
     if matcher is not None and not hasattr(matcher, 'match'): raise BoothError(f"matcher is {matcher!r}; give a Matcher, such as Matcher.from_pretrained()")
+    if candidates != 1 and matcher is None: raise BoothError(f"candidates is {candidates} without a matcher to compare them; give one, such as Matcher.from_pretrained()")
     plain = class_prompts(class_noun)
     prompts = _as_list(plain if prompts is None else prompts)
     how = dict(how, steps=steps, guidance=guidance)
-    _check(pipe, n, seed, prompts, threshold, dedupe, batch, tries, how)
-    settings = _settings(pipe, class_noun, seed, prompts, matcher, threshold, dedupe, how)
-    work = _Work(_owned(out_dir(out or _cache(settings)), settings), n, tries*n if matcher else n, batch)
+    _check(pipe, n, seed, prompts, threshold, dedupe, batch, tries, candidates, how)
+    choice = dict(threshold=threshold if matcher else None, dedupe=dedupe, candidates=candidates)
+    settings = _settings(pipe, class_noun, seed, prompts, matcher, choice, how)
+    work = _Work(_owned(out_dir(out or _cache(settings)), settings), n, tries*n//candidates*candidates if matcher else n, batch, candidates)
     if done := work.done(): return done
     out_dir(work.tries)
     with progress(total=n, desc='class images') as bar:
         while True:
-            records = decide(work.drawn(), n, threshold if matcher else None, dedupe)
+            records = decide(work.drawn(), n, **choice)
             kept = sum(r['kept'] for r in records)
             bar.update(kept - bar.n)
             if kept == n: return work.finish(records)
@@ -303,12 +320,14 @@ def make_priors(
 # %% ../nbs/09_priors.ipynb #33330cf2
 _options = 'steps guidance negative scheduler size interval rescale long restore_mean'.split()
 
-def _check(pipe, n, seed, prompts, threshold, dedupe, batch, tries, how):
+def _check(pipe, n, seed, prompts, threshold, dedupe, batch, tries, candidates, how):
     "Refuse what cannot be drawn, before a folder is made."
     _check_pipe(pipe)
     _check_whole('n', n, 1, "at least 1 class image is needed, or train without prior preservation (prior.weight=0)")
     _check_whole('batch', batch, 1, "it must be at least 1")
     _check_whole('tries', tries, 1, "at least 1 picture has to be drawn for each that is kept")
+    _check_whole('candidates', candidates, 1, "one of so many tries is kept")
+    if candidates > tries: raise BoothError(f"candidates is {candidates}, and tries only {tries}; draw at least as many for each class image that is kept")
     _check_whole('seed', seed, -math.inf, "it must be a whole number")
     _check_choice(threshold, dedupe)
     for k in how: _check_name('option for class images', k, _options)
@@ -329,9 +348,9 @@ def _check_choice(threshold, dedupe):
     if dedupe is not None and not _within(dedupe, 1e-9, 1): raise BoothError(f"dedupe is {dedupe}; it is a cosine, above 0 and at most 1, and None keeps all")
 
 def _give_up(work, records, threshold, class_noun):
-    refused = [r for r in records if not r['kept']]
+    refused = [r for r in records if not r['kept'] and not r['why'].startswith('passed')]
     best = max(refused, key=lambda r: r['score'])
-    raise BoothError(f"only {len(records) - len(refused)} of {work.n} class images were kept in {len(records)} tries at {article(class_noun)} (threshold {threshold}; "
+    raise BoothError(f"only {sum(r['kept'] for r in records)} of {work.n} class images were kept in {len(records)} tries at {article(class_noun)} (threshold {threshold}; "
                      f"the best rejected: {best['why']}, {work.folder/best['file']}); raise tries, lower the threshold for another folder, or check the class noun")
 
 # %% ../nbs/09_priors.ipynb #63f5821f

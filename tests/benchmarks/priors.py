@@ -1,8 +1,8 @@
 """What holds a model in place, on held-out subjects: `python tests/benchmarks/priors.py [SUBJECT …] [kind=KIND …] [into=FILE] [key=value …]`.
 
-Trainings that are alike but for the class half: class images as they come ("all"), the same drawings less those that the matcher turns away and
-less near-duplicates ("filtered", with as many drawn anew in their places), the frozen model's own answers ("prediction"), and, where they are asked for,
-no class half ("none") or class images drawn while it trains ("drawn"). One JSON line a training: subject fidelity ("ours"; "peer" is the untouched model's),
+Trainings that are alike but for the class half: class images as they come ("all"), those that a session keeps of them by default ("filtered": of each
+two that show the class, by the matcher, the one less like those before it), the frozen model's own answers ("prediction"), and, where they are asked
+for, no class half ("none") or class images drawn while it trains ("drawn"). One JSON line a training: subject fidelity ("ours"; "peer" is the untouched model's),
 prompt fidelity, PRES and DIV afterwards, the share of the tries that was refused, and the seconds of training. At the end, the means of each kind.
 
 With `into=FILE` the lines are kept there, and a second call goes on behind them."""
@@ -15,19 +15,17 @@ from blipbooth.booth import Booth
 from blipbooth.core import append_jsonl, read_jsonl, subject_photos
 from blipbooth.dreambooth import DreamBoothConfig
 from blipbooth.evaluation import measure
-from blipbooth.priors import Priors, article, class_prompts, make_priors, on_the_fly, prior_prediction
+from blipbooth.priors import Priors, article, on_the_fly, prior_prediction
 from blipbooth.sampling import load_pipeline
 
 KINDS = 'all', 'filtered', 'prediction'
-THRESHOLD, DEDUPE = .6, .98
 LOOK = dict(steps=20, n_class=32)
 NUMBERS = 'ours', 'peer', 'prompt', 'pres', 'div'
 
 
-def class_images(booth): # as they come, and filtered: the first n tries of one drawing, and the first n of its tries that pass
-    prompts, n = class_prompts(booth.cfg.class_noun, [c.text for c in booth.captions]), booth.cfg.prior.n
-    kept = make_priors(booth.pipe, booth.cfg.class_noun, n, booth.out/'priors', booth.cfg.seed, prompts, booth.matcher, THRESHOLD, DEDUPE, steps=20, tries=8)
-    return dict(all=Priors(kept.folder, [{**r, 'kept': True, 'why': None} for r in kept.records[:n]]), filtered=kept)
+def class_images(booth): # what a session draws by itself: all of the drawings, and those that are kept of them
+    kept, c = booth.make_priors(), booth.cfg.prior
+    return dict(all=Priors(kept.folder, [{**r, 'kept': True, 'why': None} for r in kept.records[:c.candidates*c.n]]), filtered=kept)
 
 
 def look(booth, pipe, name): # the four numbers of one model
