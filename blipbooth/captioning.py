@@ -8,7 +8,7 @@ __all__ = ['presets', 'load_blip', 'pixel_values', 'Caption', 'Blip', 'Captioner
            'Wording', 'append_synced', 'read_records', 'mend_log', 'FolderCaptions', 'differences', 'write_sidecar']
 
 # %% ../nbs/03_captioning.ipynb #f7ed37bb
-import base64, hashlib, heapq, html, inspect, io, json, os, re, signal, string, sys, time
+import base64, hashlib, heapq, html, inspect, io, json, os, re, signal, string, sys, time, warnings
 from collections import deque
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -162,11 +162,12 @@ def save_pretrained(self:Blip,
     folder, # where to; a model that is there already is replaced
 )->Path: # the folder
     "Write model and processor in transformers' format."
+    if not isinstance(folder, (str, os.PathLike)): raise BoothError(f"{folder!r} is not a folder; give a path")
     folder = Path(folder).expanduser()
     there = [o.name for o in folder.iterdir()] if folder.is_dir() else []
     odd = [o for o in there if 'config.json' not in there or not o.endswith(('.json', '.txt', '.safetensors'))]
     if odd: raise BoothError(f"{folder} holds {odd[0]}, which saving would remove; choose a new folder")
-    out_dir(folder.parent)
+    out_dir(folder.resolve().parent)
     with quiet_transformers(), atomic_dir(folder) as side:
         self.model.save_pretrained(side)
         self.processor.save_pretrained(side)
@@ -264,7 +265,7 @@ def _active(config, defaults):
     "Those of the options in `defaults` that are set to something else."
     return {k: v for k, d in defaults.items() if (v := getattr(config, k, None)) is not None and v != d}
 
-def _check_together(config):
+def _check_together(config, longest):
     "Options that contradict each other."
     beams, several = config.num_beams or 1, config.num_return_sequences or 1
     for k, v in _active(config, _sampling).items():
@@ -278,6 +279,8 @@ def _check_together(config):
     for least, most in ('min_new_tokens', 'max_new_tokens'), ('min_length', 'max_length'):
         lo, hi = getattr(config, least) or 0, getattr(config, most)
         if hi and lo > hi: raise BoothError(f"{least}={lo} is more than {most}={hi}; lower the one or raise the other")
+    for least, lo, most, hi in ('min_length', (config.min_length or 0) - longest, 'max_new_tokens', config.max_new_tokens), ('min_new_tokens', config.min_new_tokens or 0, 'max_length', (config.max_length or 0) - longest):
+        if getattr(config, most) and lo > hi: raise BoothError(f"{least}={getattr(config, least)} is more than {most}={getattr(config, most)} allows after a prompt of {longest} tokens; lower the one or raise the other")
 
 # %% ../nbs/03_captioning.ipynb #aeae2bd0
 _moved = dict(constraints=None, penalty_alpha=None, dola_layers=None)
@@ -299,6 +302,28 @@ def _check_names(config, rest):
         if not method: raise BoothError(f"{k}={v} asks for a search that transformers 5 no longer holds; leave it out or give custom_generate=a function")
 
 # %% ../nbs/03_captioning.ipynb #c0de0051
+def _is_ids(x): return isinstance(x, (list, tuple)) and len(x) > 0 and all(type(o) is int and o >= 0 for o in x)
+def _are(test): return lambda x: isinstance(x, (list, tuple)) and len(x) > 0 and all(map(test, x))
+
+_shapes = dict(
+    bad_words_ids=('a list of lists of ids', _are(_is_ids)), eos_token_id=('an id, or a list of ids', lambda v: type(v) is int or _is_ids(v)),
+    force_words_ids=('a list of phrases or of lists of phrases, a phrase a list of ids', _are(lambda o: _is_ids(o) or _are(_is_ids)(o))),
+    prompt_lookup_num_tokens=_whole(1), diversity_penalty=('a number from 0', lambda v: type(v) in (int, float) and 0 <= v < float('inf')),
+    custom_generate=('a function', callable), streamer=('a streamer, such as a TextIteratorStreamer', lambda v: hasattr(v, 'put') and hasattr(v, 'end')),
+    assistant_model=("a decoder, such as another captioner's model.text_decoder", lambda v: isinstance(v, torch.nn.Module) and hasattr(v, 'generate') and not hasattr(v, 'vision_model')))
+_no_use = 'guidance_scale low_memory token_healing is_assistant negative_prompt_ids negative_prompt_attention_mask'.split()
+
+def _check_shapes(config, rest):
+    "Options that transformers would stumble over in the middle of its work."
+    for k, (what, good) in _shapes.items():
+        v = rest.get(k, getattr(config, k, None))
+        if v is not None and not good(v): raise BoothError(f"{k}={v!r}; it must be {what}")
+    for k in _no_use:
+        if v := rest.get(k, getattr(config, k, None)): raise BoothError(f"{k}={v!r} means nothing to a captioner; leave it out")
+    for k in 'logits_processor', 'stopping_criteria':
+        if k in rest: rest[k] = listify(rest[k])
+        if not all(map(callable, rest.get(k, []))): raise BoothError(f"{k}={rest[k]!r}; give a function, or a list of them")
+
 def _check_words(config, rest):
     "Strings that are some, and a seed that is a number."
     stops, seed = listify(config.stop_strings), rest.get('seed')
@@ -311,27 +336,30 @@ def _check_groups(config):
     g, k, penalty = 1 if config.num_beam_groups is None else config.num_beam_groups, config.num_beams, config.diversity_penalty or 0.
     if type(g) is not int or g < 1: raise BoothError(f"num_beam_groups={g!r}; it must be a whole number of 1 or more")
     if penalty and g == 1: raise BoothError(f"diversity_penalty={penalty} does nothing without groups; add num_beam_groups=2 or more, or leave it out")
-    if penalty < 0: raise BoothError(f"diversity_penalty={penalty}; it must be a number from 0")
     if k % g: raise BoothError(f"num_beam_groups={g} does not divide num_beams={k}; give num_beams={k//g*g or g} or {(k//g + 1)*g}")
     if g > 1 and config.do_sample: raise BoothError(f"num_beam_groups={g} with do_sample=True contradict each other; leave one of them out")
     if g > 1 and config.force_words_ids: raise BoothError(f"num_beam_groups={g} with words to force: one search cannot do both; leave one of them out")
 
-def _check_forced(config):
-    "Words to force that fit in."
-    need, room = sum(max(map(len, f)) for f in alternatives(config.force_words_ids)), config.max_new_tokens or config.max_length
+def _within(part, row): return any(row[i:i + len(part)] == part for i in range(len(row) - len(part) + 1))
+
+def _check_forced(config, longest):
+    "Words to force that fit in, and that nothing forbids."
+    phrases, room = alternatives(config.force_words_ids), config.max_new_tokens or config.max_length - longest
+    need, avoided = sum(max(map(len, f)) for f in phrases), config.bad_words_ids or []
     if need > room: raise BoothError(f"the words to force are {need} tokens, the caption has room for {room}; raise max_new_tokens or force fewer")
+    if any(all(any(_within(b, p) for b in avoided) for p in f) for f in phrases): raise BoothError("words to force are among the words to avoid; leave them out of one")
     if config.do_sample: raise BoothError("words to force with do_sample=True; constrained search does not sample: leave one of them out")
     if config.num_beams < 2: raise BoothError(f"words to force with num_beams={config.num_beams}; give 2 to 10 beams")
 
-def _choose_search(config, rest):
+def _choose_search(config, rest, longest):
     "The function that does what transformers no longer does; a seed's dice."
     _check_groups(config)
     if config.num_beam_groups == 1: config.num_beam_groups = None
-    if config.force_words_ids: _check_forced(config)
+    if config.force_words_ids: _check_forced(config, longest)
     if rest.get('custom_generate'): return
     if (config.num_beam_groups or 1) > 1: rest['custom_generate'] = diverse_beam_search
     elif config.force_words_ids: rest['custom_generate'] = constrained_beam_search
-    elif rest.get('seed') is not None and config.do_sample and config.num_beams == 1 and not _alone(config, rest): rest['custom_generate'] = seeded_sample
+    elif rest.get('seed') is not None and config.do_sample and config.num_beams == 1 and _alone(config, rest) in (None, 'streamer'): rest['custom_generate'] = seeded_sample
 
 # %% ../nbs/03_captioning.ipynb #ac84b0d2
 presets = dict(
@@ -343,7 +371,7 @@ def _preset(decoding):
     "The options of the preset that is named, with the others on top."
     name = decoding.pop('preset', None)
     if name is None: return decoding
-    if name not in presets: raise BoothError(f"preset={name!r}; there are {', '.join(presets)}")
+    if name not in list(presets): raise BoothError(f"preset={name!r}; there are {', '.join(presets)}")
     return {**presets[name], **decoding}
 
 # %% ../nbs/03_captioning.ipynb #32cbd577
@@ -370,17 +398,21 @@ def decoding_config(
     **decoding, # any keyword of transformers' `generate`
 )->tuple: # (GenerationConfig, dict of what else `generate` takes)
     "Checked decoding options."
+    if not isinstance(generation_config, (GenerationConfig, type(None))): raise BoothError(f"generation_config is a {type(generation_config).__name__}; give a GenerationConfig, or the options themselves as keywords")
     config, decoding = deepcopy(generation_config) if generation_config else GenerationConfig(), _preset(decoding)
+    saved = getattr(config, 'blipbooth', None) or {}          # of a folder's captions
+    if saved.get('seed') is not None: decoding = {'seed': saved['seed'], **decoding}
     options = {k: v for k, v in decoding.items() if k in vars(config)}
     rest = {k: v for k, v in decoding.items() if k not in options}
     for k, v in options.items(): setattr(config, k, v)
     if config.num_beams is None: config.num_beams = 1 if config.do_sample or _alone(config, rest) else 3
     _check_names(config, rest)
+    _check_shapes(config, rest)
     _check_words(config, rest)
     _check_ranges(config)
     _check_room(config, longest, positions)
-    _check_together(config)
-    _choose_search(config, rest)
+    _check_together(config, longest)
+    _choose_search(config, rest, longest)
     if (o := _alone(config, rest)) and config.num_beams > 1: raise BoothError(f"num_beams={config.num_beams} with {o}; it works with num_beams=1")
     with quiet_transformers():
         try:
@@ -442,7 +474,7 @@ def text_ids(self:Blip,
     start:int, # id that goes in front
 )->list: # of lists of ids
     "Sentences as ids, with start and end token."
-    texts = listify(texts)
+    texts = [o.text if isinstance(o, Caption) else o for o in listify(texts)]
     if not texts: raise BoothError("0 texts; give at least one")
     limit = self.text_config.max_position_embeddings
     for t in texts:
@@ -470,17 +502,18 @@ def log_prob(self:Captioner,
     texts, # n sentences, or one
     batch_size:int=32, # pairs at a time
     fit:str='stretch', # stretch | center-crop | letterbox
+    size:int=None, # side in pixels; None: what the checkpoint saw
 )->torch.Tensor: # (n,) summed log-probabilities
     "How probable each sentence is as the caption of its picture."
     _check_batch(batch_size)
     photos, rows = load_images(images), self.text_ids(texts, self.text_config.bos_token_id)
     n = _pairs(photos, rows)
     if len(rows) == 1: rows = rows*n
-    one = self.encode(photos, fit) if len(photos) == 1 else None
+    one = self.encode(photos, fit, size) if len(photos) == 1 else None
     if one is not None and self.fast: one = self.memory(one)
     res = []
     for part in chunked(range(n), batch_size):
-        embeds = self.encode([photos[i] for i in part], fit) if one is None else one
+        embeds = self.encode([photos[i] for i in part], fit, size) if one is None else one
         res += [o.sum() for o in self.token_log_probs(embeds, [rows[i] for i in part])]
     return torch.stack(res)
 
@@ -491,10 +524,11 @@ def perplexity(self:Captioner,
     texts, # n sentences, or one
     batch_size:int=32, # pairs at a time
     fit:str='stretch', # stretch | center-crop | letterbox
+    size:int=None, # side in pixels; None: what the checkpoint saw
 )->torch.Tensor: # (n,), 1 is certainty
     "The captioner's hesitation over each sentence, in words."
     lengths = torch.tensor([len(r) - 1 for r in self.text_ids(texts, self.text_config.bos_token_id)])
-    return (-self.log_prob(images, texts, batch_size, fit)/lengths).exp()
+    return (-self.log_prob(images, texts, batch_size, fit, size)/lengths).exp()
 
 # %% ../nbs/03_captioning.ipynb #9ef8454c
 class StopText(StoppingCriteria):
@@ -568,12 +602,13 @@ def same_length(
 # %% ../nbs/03_captioning.ipynb #b3d410c3
 def _word_options(self, decoding):
     "Words to force or to avoid, as ids."
+    decoding = dict(decoding)
     force, avoid = (listify(decoding.pop(k, None)) for k in ('force_words', 'avoid_words'))
     def ids(w):
         found = self.word_ids(w) if isinstance(w, str) else []
         return found if found and self.processor.tokenizer.unk_token_id not in found else _no_word(w)
-    if force: decoding['force_words_ids'] = [[ids(o) for o in f] if isinstance(f, (list, tuple)) else ids(f) for f in force]
-    if avoid: decoding['bad_words_ids'] = [*decoding.get('bad_words_ids', []), *map(ids, avoid)]
+    if force: decoding['force_words_ids'] = [[ids(o) for o in f or [None]] if isinstance(f, (list, tuple)) else ids(f) for f in force]
+    if avoid: decoding['bad_words_ids'] = [*(decoding.get('bad_words_ids') or []), *map(ids, avoid)]
     return decoding
 
 def _no_word(w): raise BoothError(f"{w!r} is no word to force or to avoid; give strings that the model can spell, such as 'fox' or 'in the park'")
@@ -615,6 +650,8 @@ def _caption_batch(self:Captioner, photos, ids, prompts, fit, size, config, rest
         rows = [_cut(o, n, ends, self.filler if config.pad_token_id is None else config.pad_token_id) for o in self.generate(embeds, ids, config, **rest)]
     lps = self.token_log_probs(embeds, rows)
     found = [self._caption(r, lp, n, ends, photos[i//several], prompts[i//several]) for i, (r, lp) in enumerate(zip(rows, lps))]
+    lack = sum(not all(any(_within(list(p), c.token_ids[n - 1:]) for p in f) for f in alternatives(config.force_words_ids or [])) for c in found)
+    if lack: warnings.warn(f"{lack} of {len(found)} captions lack words to force; raise num_beams or max_new_tokens, or leave out what forbids them")
     groups = list(chunked(found, several))
     for first, *others in groups: first.alternatives = others
     return [o[0] for o in groups]
@@ -625,14 +662,18 @@ def stream(self:Captioner,
     image, # one picture
     prompt:str=None, # how the caption begins
     fit:str='stretch', # stretch | center-crop | letterbox
+    size:int=None, # side in pixels; None: what the checkpoint saw
     **decoding, # as in a call, with one beam
 ): # pieces of text
     "Caption one picture and give the words as they come."
     photos, streamer = load_images(image, maximum=1), TextIteratorStreamer(self.processor.tokenizer, skip_special_tokens=True)
-    decoding_config(streamer=streamer, **decoding)
+    if 'streamer' in decoding: raise BoothError("stream() has a streamer of its own; leave streamer= out, or call the captioner with it")
+    config, _ = decoding_config(streamer=streamer, **_word_options(self, decoding))
+    if (config.num_return_sequences or 1) > 1: raise BoothError(f"num_return_sequences={config.num_return_sequences} with stream(); one caption comes at a time: leave it out")
+    self.check_size(size)
     failed = []
     def work():
-        try: self(photos, prompt, fit=fit, streamer=streamer, **decoding)
+        try: self(photos, prompt, fit=fit, size=size, streamer=streamer, **decoding)
         except Exception as e: failed.append(e); streamer.end()
     thread = Thread(target=work)
     thread.start()
@@ -648,7 +689,7 @@ def _entries(folder):
             for o in found:
                 if o.name.startswith('.'): continue
                 if o.is_dir(follow_symlinks=False): yield o.name, True
-                elif o.name.lower().endswith(tuple(_suffixes)) and o.is_file(): yield o.name, False
+                elif o.name.lower().endswith(tuple(_suffixes)) and (o.is_file() or o.is_symlink() and not o.is_dir()): yield o.name, False # a link that leads nowhere is a bad picture
     except OSError as e: raise BoothError(f"cannot read the folder {folder} ({e.strerror}); make it readable or move it away") from e
 
 # %% ../nbs/03_captioning.ipynb #178a4949
@@ -806,7 +847,7 @@ def name_subject(
 )->str: # the sentence with `token noun` in it, or unchanged if it holds none of the words
     "Put the subject's name in the place of its noun and its article."
     words = '|'.join(re.escape(o) for o in sorted([noun, *synonyms], key=len, reverse=True))
-    return re.sub(rf'\b(?:(?:an?|the) )?(?:{words})\b', lambda m: f'{token} {noun}', caption, count=1, flags=re.I)
+    return re.sub(rf'(?<![\w-])(?:(?:an?|the) )?(?:{words})(?![\w-])', lambda m: f'{token} {noun}', caption, count=1, flags=re.I)
 
 # %% ../nbs/03_captioning.ipynb #c0de0005
 @dataclass
@@ -821,13 +862,17 @@ class Wording:
     def __post_init__(self):
         self.synonyms = listify(self.synonyms)
         for k, v in asdict(self).items():
-            if not all(isinstance(o, str) for o in listify(v)): raise BoothError(f"{k}={v!r} is not a string; give words")
+            if not all(isinstance(o, str) for o in (v if k == 'synonyms' else [v])): raise BoothError(f"{k}={v!r} is not a string; give words")
         try: holes = {h for _, h, _, _ in string.Formatter().parse(self.template) if h is not None}
         except ValueError as e: raise BoothError(f"template {self.template!r} cannot be read ({e}); write a single brace twice") from None
         known = ['caption', *(k for k in ('token', 'noun') if getattr(self, k))]
         if holes - set(known): raise BoothError(f"the template {self.template!r} has a hole {{{min(holes - set(known))}}}; the holes are {', '.join(f'{{{o}}}' for o in known)}")
         if 'caption' not in holes: raise BoothError(f"the template {self.template!r} has no {{caption}}; write it where the caption belongs")
         if self.synonyms and not (self.token and self.noun): raise BoothError(f"synonyms={self.synonyms} without token and noun; give both, or leave it out")
+        for k, other in ('token', 'noun'), ('noun', 'token'):
+            if getattr(self, k) and not getattr(self, other) and k not in holes: raise BoothError(f"{k}={getattr(self, k)!r} does nothing by itself; give {other}, too, or a template with {{{k}}}")
+        try: self('a fox')
+        except (ValueError, TypeError, AttributeError, IndexError, KeyError) as e: raise BoothError(f"template {self.template!r} cannot be filled ({e}); write its holes without a format, such as {{caption}}") from None
 
     def __call__(self,
         caption:str, # what the captioner read
@@ -1010,8 +1055,11 @@ def write_sidecar(
 # %% ../nbs/03_captioning.ipynb #8c01d914
 def _folder_captions(folder, out):
     "A run that has not begun."
+    if out and not isinstance(out, (str, os.PathLike)): raise BoothError(f"out={out!r} is not a place; give a folder, or a file that ends in .jsonl")
     folder = Path(folder).expanduser()
     out = Path(out).expanduser() if out else folder
+    if out.suffix == '.jsonl' and out.is_dir(): raise BoothError(f"{out} is a folder; give a file that ends in .jsonl, or a folder of another name")
+    if out.suffix == '.json': raise BoothError(f"out={out}: captions are JSON lines; give a name that ends in .jsonl, or a folder")
     return FolderCaptions(folder, out if out.suffix == '.jsonl' else out/'metadata.jsonl')
 
 def _extension(x):
@@ -1029,7 +1077,7 @@ def _plan_folder(self:Captioner, folder, out, recursive, prompt, batch_size, fit
     self.check_size(size)
     n, res = count_pictures(folder, recursive), _folder_captions(folder, out)
     longest = len(self.prompt_ids(prompt, 1)[0])
-    config, rest = decoding_config(longest=longest, positions=self.text_config.max_position_embeddings, **decoding)
+    config, rest = decoding_config(longest=longest, positions=self.text_config.max_position_embeddings, **_word_options(self, decoding))
     more = dict(size=size) if size is not None else {}
     if wording is not None: more['wording'] = asdict(wording)
     settings = self.folder_settings(res.folder, res.log, prompt, fit, config, {**rest, **more})
@@ -1049,9 +1097,11 @@ def _only_run(log):
 
 # %% ../nbs/03_captioning.ipynb #6e34b3bf
 @patch
-def _open_log(self:FolderCaptions, go_on, sidecar):
-    "Make the logs ready, and make up for sidecars."
+def _open_log(self:FolderCaptions, go_on, sidecar, share):
+    "Make the logs ready, and make up for sidecars; the errors of other shares stay."
+    others = [o for o in self.errors if o['file_name'] not in share] if go_on and not share.state else []
     for o in [self.errors_file] if go_on else [self.log, self.errors_file]: o.unlink(missing_ok=True)
+    append_synced(self.errors_file, others)
     mend_log(self.log)
     if sidecar: self._write_sidecars(self, **sidecar)
 
@@ -1107,7 +1157,7 @@ def caption_folder(self:Captioner,
     if sidecars: out_dir(res.folder)
     share.meet()                                              # all have looked before one of them writes
     with for_writing(res.log.parent), _only_run(res.log) if share.first else nullcontext():
-        if share.first: res._open_log(go_on, side)
+        if share.first: res._open_log(go_on, side, share)
         share.meet()
         done = NameSet(o['file_name'] for o in res)
         res.there = len(done)

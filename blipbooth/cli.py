@@ -368,6 +368,9 @@ def main(
     except BoothError as e:
         print(f'blipbooth: {e}', file=sys.stderr)
         raise SystemExit(2)
+    except BrokenPipeError:                                   # nobody reads on, as behind `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141)
     except KeyboardInterrupt as e:
         print(f"blipbooth: {str(e) or 'stopped; the same command goes on where it left off'}", file=sys.stderr)
         raise SystemExit(130)

@@ -74,6 +74,7 @@ def resolve_model(
 )->str: # a folder that `from_pretrained` can read
     "Find a model without fetching anything that was not asked for."
     if name_or_path is None: return str(bundled(kind))
+    if not isinstance(name_or_path, (str, os.PathLike)): raise BoothError(f"{name_or_path!r} is no {kind}; give a folder or a hub name, or None for the bundled one")
     folder, name = Path(name_or_path).expanduser(), str(name_or_path)
     if folder.is_dir():
         if _is_model(folder): return str(folder)
@@ -201,7 +202,8 @@ def atomic_dir(
     path, # the folder to make
 ):
     "Fill a folder beside `path`; it becomes `path` on success and vanishes on an error."
-    path = Path(path)
+    path = Path(path).resolve()
+    if path.exists() and not path.is_dir(): raise BoothError(f"{path} is a file; choose another name for the folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     side, old = _beside(path), _beside(path)
     side.mkdir()

@@ -301,6 +301,10 @@ class FastDecoder(BlipTextLMHeadModel):
         if same: cache.spread(k); logits = logits.repeat_interleave(k, 0)
         return CausalLMOutputWithCrossAttentions(logits=logits, **{CACHE: cache})
 
+    def generate(self, *args, **kwargs):
+        "transformers' `generate`; the cache is what makes the decoder fast, so it is always used."
+        return super().generate(*args, **{**kwargs, 'use_cache': True})
+
     @classmethod
     def over(cls,
         decoder:BlipTextLMHeadModel, # the decoder of a captioner
@@ -345,10 +349,10 @@ _packed = weakref.WeakKeyDictionary()                         # model -> (its st
 
 def _state(modules): # what has to be the same for a packed copy to be good
     def mark(p):
-        raw = p.detach().reshape(-1).contiguous().view(torch.uint8)
-        whole = len(raw)//8*8
-        return p._version, p.data_ptr(), int(raw[:whole].view(torch.int64).sum()), int(raw[whole:].sum())
-    return [(id(m), *(mark(m.weight) if packable(m) else ())) for m in modules]
+        raw = p.detach().contiguous().view(torch.uint8)
+        rows = raw.view(torch.int64 if raw.shape[1] % 8 == 0 else torch.uint8).sum(1)
+        return p._version, p.data_ptr(), hash(rows.numpy().tobytes())
+    return [(id(m), *(mark(m.weight) if packable(m) else ()), *map(id, m._parameters.values()), *map(id, m._buffers.values())) for m in modules]
 
 def _pack(m): # lay the weights of a module's own linear layers; a `gelu` behind one goes into it
     for linear, act in (('fc1', 'activation_fn'), ('dense', 'intermediate_act_fn')):
@@ -403,11 +407,11 @@ class Finished:
 
     def norm(self, total, n): return total/n**self.config.length_penalty if self.config.length_penalty is not None else total/n
 
-    def add(self, total, n, row, met=0): # met: constraint words in it; more of them beats any score
+    def add(self, total, n, row, met=0): # met: 0, or minus how many constraint words it lacks; fewer lacking beats any score
         self.kept = sorted(self.kept + [((met, self.norm(total, n)), row)], key=lambda o: o[0], reverse=True)[:self.k]
 
     def settle(self, best, n, most): # the best unfinished sum, its length, the greatest length
-        if len(self.kept) < self.k: return
+        if len(self.kept) < self.k or self.kept[-1][0][0] < 0: return
         if self.config.early_stopping == 'never' and (self.config.length_penalty or 0) > 0: n = most
         self.over = self.config.early_stopping is True or self.norm(best, n) <= self.kept[-1][0][1]
 
@@ -429,7 +433,7 @@ class BeamGroup:
         row:list, # ids to go on from
         k:int, # beams
         config, # `GenerationConfig`
-        met, # ids that were generated -> constraint words in them
+        met, # ids that were generated -> minus how many constraint words they lack
     ):
         self.k, self.start, self.most, self.met = k, len(row), config.max_length - len(row), met
         self.pad, self.offers = config.pad_token_id or 0, k*max(2, 1 + len(listify(config.eos_token_id)))
@@ -465,7 +469,7 @@ def _next_log_probs(model, rows, kwargs): # rows (n, t) -> log-probabilities (n,
 def _collect(pictures, n, pad): # the n best rows of each picture: the best of each group, then the second best of each …
     out = []
     for groups in pictures:
-        rounds = zip_longest(*(g.done.kept or [((0, -1e9), g.rows[0])] for g in groups))
+        rounds = zip_longest(*(g.done.kept or [((-1e9, -1e9), g.rows[0])] for g in groups))
         out += [row for r in rounds for _, row in sorted(filter(None, r), key=lambda o: o[0], reverse=True)][:n]
     most = max(map(len, out))
     return [r + [pad]*(most - len(r)) for r in out]
@@ -478,7 +482,7 @@ def beam_loop(
     logits_processor, stopping_criteria, generation_config, # as `generate` hands them over
     choose=best_sums, # see there
     groups:int=1, # groups of beams for each picture
-    met=lambda ids: 0, # constraint words among the ids that were generated
+    met=lambda ids: 0, # minus how many constraint words the ids that were generated lack
     **kwargs, # what the decoder needs: cache, mask
 )->torch.Tensor: # (b*num_return_sequences, length)
     "Beam search with a choice of one's own."
@@ -533,12 +537,11 @@ class Constrained:
         ends:list, # end tokens, not offered before everything is met
     ): self.constraints, self.ends = constraints, ends
 
-    def met(self, ids): return sum(progress_of(c, ids)[0] for c in self.constraints)
+    def met(self, ids): return sum(progress_of(c, ids)[0] - max(map(len, c)) for c in self.constraints)
 
     def __call__(self, sums, rows, said=(), n=None):
-        need = sum(max(map(len, c)) for c in self.constraints)
         for j, r in enumerate(rows):
-            if self.met(r) < need: sums[j, self.ends] = -float('inf')
+            if self.met(r) < 0: sums[j, self.ends] = -float('inf')
         wanted = {(sums[j, w].item(), j, w) for j, r in enumerate(rows) for c in self.constraints for w in progress_of(c, r)[1]}
         each = {(v, j, w) for j, row in enumerate(sums) for v, w in zip(*(o.tolist() for o in row.topk(2)))}
         banks = {}

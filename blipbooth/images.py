@@ -42,9 +42,9 @@ class Photo:
 
 # %% ../nbs/01_images.ipynb #66d4f7a1
 def _sixteen(image):
-    "A picture with 16-bit grey values, scaled to 8 bits."
+    "A picture with 16-bit grey values, scaled to 8 bits; in 32 bits, it may hold 8-bit values."
     x = np.asarray(image).astype(np.float64)
-    return Image.fromarray((x*(1 if x.max() <= 255 else 255/65535)).round().clip(0, 255).astype(np.uint8))
+    return Image.fromarray((x*(1 if image.mode == 'I' and x.max() <= 255 else 255/65535)).round().clip(0, 255).astype(np.uint8))
 
 def _rgb(image):
     "Any PIL picture, upright and in RGB."
@@ -59,6 +59,7 @@ def _rgb(image):
 # %% ../nbs/01_images.ipynb #b960dbb4
 def _unit(x, lo, name):
     "A float array with values from `lo` to 1 as bytes."
+    if not x.size: return x.astype(np.uint8)
     if not np.isfinite(x).all(): raise BoothError(f"{name} holds NaN or infinity; a picture needs finite values")
     if x.min() < lo - 1e-2 or x.max() > 1 + 1e-2:
         raise BoothError(f"{name} has values from {x.min():.3g} to {x.max():.3g}; floats go from {lo} to 1, bytes from 0 to 255")
@@ -76,6 +77,7 @@ def _from_array(x, name='the array', lo=0):
 def _from_tensor(x, name='the tensor'):
     "An RGB picture from a tensor (3, h, w) in [0, 1], or in [-1, 1] where a value is below 0."
     x = x.detach().cpu()
+    if x.ndim not in (2, 3) or x.ndim == 3 and x.shape[0] not in (1, 3, 4): raise BoothError(f"{name} has shape {tuple(x.shape)}; a tensor is (3, h, w), an array (h, w, 3)")
     x = (x.float() if x.is_floating_point() else x).numpy()
     return _from_array(np.moveaxis(x, 0, -1) if x.ndim == 3 else x, name, lo=-1 if x.size and x.min() < 0 else 0)
 
@@ -102,6 +104,11 @@ def _open(path):
     except (OSError, SyntaxError, ValueError, EOFError) as e: raise BoothError(f"{path} is damaged ({e}); copy or save it again") from None
     return image
 
+def _decoded(image, name):
+    "A PIL picture in RGB, unless it is cut off, closed, or of a mode that PIL cannot turn into RGB."
+    try: return _rgb(image)
+    except (OSError, SyntaxError, ValueError, EOFError, AssertionError, AttributeError) as e: raise BoothError(f"{name} cannot be decoded ({e or 'it is closed'}); open it again, or save it in RGB") from None
+
 # %% ../nbs/01_images.ipynb #61fe58fb
 def load_image(
     x, # a path, PIL picture, array (h, w, 3) or (h, w), tensor (3, h, w), or Photo
@@ -111,7 +118,7 @@ def load_image(
     if isinstance(x, Photo): return x
     path = Path(x).expanduser() if isinstance(x, (str, Path)) else None
     if path: x, name = _open(path), str(path)
-    if isinstance(x, Image.Image): image = _rgb(x)
+    if isinstance(x, Image.Image): image = _decoded(x, name)
     elif isinstance(x, np.ndarray): image = _from_array(x, name)
     elif hasattr(x, 'detach'): image = _from_tensor(x, name)
     else: raise BoothError(f"{name} is a {type(x).__name__}; give a path, a PIL picture, an array or a tensor")
@@ -136,6 +143,7 @@ def _sources(src):
         path = Path(src).expanduser()
         if not path.exists(): raise BoothError(f"there is no folder or file {path}; {_look(path)}")
         return _photo_files(path) if path.is_dir() else [path]
+    if not hasattr(src, '__iter__') and not isinstance(src, (Photo, Image.Image)): raise BoothError(f"{src!r} is no picture; give a folder, a file, a picture, or a list of them")
     batch = getattr(src, 'ndim', 0) == 4
     single = isinstance(src, (Photo, Image.Image)) or hasattr(src, 'ndim') and not batch
     return [src] if single else list(src)
