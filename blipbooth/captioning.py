@@ -309,7 +309,7 @@ _shapes = dict(
     bad_words_ids=('a list of lists of ids', _are(_is_ids)), eos_token_id=('an id, or a list of ids', lambda v: type(v) is int or _is_ids(v)),
     force_words_ids=('a list of phrases or of lists of phrases, a phrase a list of ids', _are(lambda o: _is_ids(o) or _are(_is_ids)(o))),
     prompt_lookup_num_tokens=_whole(1), diversity_penalty=('a number from 0', lambda v: type(v) in (int, float) and 0 <= v < float('inf')),
-    custom_generate=('a function', callable), streamer=('a streamer, such as a TextIteratorStreamer', lambda v: hasattr(v, 'put') and hasattr(v, 'end')),
+    custom_generate=('a function', lambda v: callable(v) or isinstance(v, str)), streamer=('a streamer, such as a TextIteratorStreamer', lambda v: hasattr(v, 'put') and hasattr(v, 'end')),
     assistant_model=("a decoder, such as another captioner's model.text_decoder", lambda v: isinstance(v, torch.nn.Module) and hasattr(v, 'generate') and not hasattr(v, 'vision_model')))
 _no_use = 'guidance_scale low_memory token_healing is_assistant negative_prompt_ids negative_prompt_attention_mask'.split()
 
@@ -406,8 +406,8 @@ def decoding_config(
     rest = {k: v for k, v in decoding.items() if k not in options}
     for k, v in options.items(): setattr(config, k, v)
     if config.num_beams is None: config.num_beams = 1 if config.do_sample or _alone(config, rest) else 3
-    _check_names(config, rest)
     _check_shapes(config, rest)
+    _check_names(config, rest)
     _check_words(config, rest)
     _check_ranges(config)
     _check_room(config, longest, positions)
@@ -644,7 +644,7 @@ def _caption_batch(self:Captioner, photos, ids, prompts, fit, size, config, rest
     ends = np.atleast_1d(config.eos_token_id if config.eos_token_id is not None else self.text_config.sep_token_id).tolist()
     embeds, dice = self.encode(photos, fit, size), seed is not None and [stateless_seed(seed, p.hash, k) for p in photos for k in range(several)]
     if self.shares_memory(config): embeds = self.memory(embeds)
-    if rest.get('custom_generate') is seeded_sample: rest = {**rest, 'row_seeds': dice}
+    if rest.get('custom_generate') is seeded_sample: rest = {**rest, 'row_seeds': dice, 'listener': rest.get('streamer')}
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None: torch.manual_seed(dice[0])
         rows = [_cut(o, n, ends, self.filler if config.pad_token_id is None else config.pad_token_id) for o in self.generate(embeds, ids, config, **rest)]
@@ -674,7 +674,8 @@ def stream(self:Captioner,
     failed = []
     def work():
         try: self(photos, prompt, fit=fit, size=size, streamer=streamer, **decoding)
-        except Exception as e: failed.append(e); streamer.end()
+        except Exception as e: failed.append(e)
+        finally: streamer.end()                               # whatever became of it, nobody waits for more
     thread = Thread(target=work)
     thread.start()
     yield from (o for o in streamer if o)
@@ -826,16 +827,19 @@ def prefetched(
         while readers.waiting: yield readers.take()
 
 # %% ../nbs/03_captioning.ipynb #904da8a5
-def _fitted(path, size, mode):
-    "The picture in a file at the model's size, or the `BoothError` that says what is wrong with it."
+def _fitted(path, size, mode, seeded=False):
+    "The picture in a file at the model's size, or the `BoothError` that says what is wrong with it; seeds are those of the picture as it lies there."
     try:
         os.fspath(path).encode()
-        return fit_image(load_image(path), size, mode)
+        photo = load_image(path)
+        fitted = Photo(fit_image(photo, size, mode))
+        if seeded: fitted.hash = photo.hash
+        return fitted
     except BoothError as e: return e
     except UnicodeEncodeError: return BoothError(f"{path} has a name that is not UTF-8; rename it")
     except Exception as e: return BoothError(f"{path} is damaged ({type(e).__name__}: {e}); copy or save it again")
 
-def _read(folder, size, mode, name): return name, _fitted(Path(folder)/name, size, mode)
+def _read(folder, size, mode, seeded, name): return name, _fitted(Path(folder)/name, size, mode, seeded)
 def _lost(folder, name): return name, BoothError(f"{Path(folder)/name} brought down the process that read it; remove it, or save it again")
 
 # %% ../nbs/03_captioning.ipynb #c0de0002
@@ -918,7 +922,8 @@ def caption_files(self:Captioner,
     _check_folder_options(prompt, batch_size, fit, workers, wording)
     self.check_size(size)
     o, workers = self.processor.image_processor.size, min(8, os.cpu_count() or 1) if workers is None else workers
-    read = partial(_read, folder, size or (o['height'], o['width']), fit)
+    seeded = decoding_config(**_word_options(self, decoding))[1].get('seed') is not None
+    read = partial(_read, folder, size or (o['height'], o['width']), fit, seeded)
     for part in chunked(prefetched(read, files, workers, 2*batch_size, partial(_lost, folder)), batch_size):
         bad = [(name, x) for name, x in part if isinstance(x, BoothError)]
         if bad and strict: raise bad[0][1]

@@ -535,7 +535,8 @@ class Constrained:
     def __init__(self,
         constraints:list, # each a list of phrases, a phrase a list of ids
         ends:list, # end tokens, not offered before everything is met
-    ): self.constraints, self.ends = constraints, ends
+        room:int=10**9, # how many ids can be generated
+    ): self.constraints, self.ends, self.room = constraints, ends, room
 
     def met(self, ids): return sum(progress_of(c, ids)[0] - max(map(len, c)) for c in self.constraints)
 
@@ -544,17 +545,18 @@ class Constrained:
             if self.met(r) < 0: sums[j, self.ends] = -float('inf')
         wanted = {(sums[j, w].item(), j, w) for j, r in enumerate(rows) for c in self.constraints for w in progress_of(c, r)[1]}
         each = {(v, j, w) for j, row in enumerate(sums) for v, w in zip(*(o.tolist() for o in row.topk(2)))}
-        banks = {}
+        banks, late = {}, []                                  # late: with more words to go than there is room for
         for o in sorted({*best_sums(sums, n=n), *wanted, *each}, reverse=True):
-            if o[0] > -1e8: banks.setdefault(self.met(rows[o[1]] + [o[2]]), []).append(o)
+            row, met = rows[o[1]] + [o[2]], self.met(rows[o[1]] + [o[2]])
+            if o[0] > -1e8: (late if -met > self.room - len(row) else banks.setdefault(met, [])).append(o)
         turns = zip_longest(*(banks[m] for m in sorted(banks, reverse=True)))
-        return [o for t in turns for o in t if o][:n or 2*len(rows)]
+        return [*(o for t in turns for o in t if o), *late][:n or 2*len(rows)]
 
 # %% ../nbs/02_decoding.ipynb #ee8fe0a7
 def constrained_beam_search(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
     "Beam search whose sentences hold the phrases of `force_words_ids`; for `generate(custom_generate=constrained_beam_search, force_words_ids=…)`."
     c = generation_config
-    choose = Constrained([[list(p) for p in f] for f in alternatives(c.force_words_ids)], listify(c.eos_token_id))
+    choose = Constrained([[list(p) for p in f] for f in alternatives(c.force_words_ids)], listify(c.eos_token_id), c.max_length - input_ids.shape[1])
     return beam_loop(model, input_ids, logits_processor, stopping_criteria, c, choose, 1, choose.met, **kwargs)
 
 # %% ../nbs/02_decoding.ipynb #6e10e500
@@ -569,7 +571,7 @@ class GumbelNoise(LogitsProcessor):
         best = (scores.double() - (-u.log()).log()).argmax(1, keepdim=True)
         return torch.full_like(scores, -float('inf')).scatter(1, best, 0.)
 
-def seeded_sample(model, input_ids, logits_processor, stopping_criteria, generation_config, row_seeds, **kwargs):
-    "Sampling with dice for every row; for `generate(custom_generate=seeded_sample, row_seeds=[…])`."
+def seeded_sample(model, input_ids, logits_processor, stopping_criteria, generation_config, row_seeds, listener=None, **kwargs):
+    "Sampling with dice for every row; for `generate(custom_generate=seeded_sample, row_seeds=[…])`; a streamer is given as `listener`, too, for `generate` does not hand its own on."
     return model._sample(input_ids, logits_processor=LogitsProcessorList([*logits_processor, GumbelNoise(row_seeds)]),
-                         stopping_criteria=stopping_criteria, generation_config=generation_config, **kwargs)
+                         stopping_criteria=stopping_criteria, generation_config=generation_config, streamer=listener, **kwargs)
