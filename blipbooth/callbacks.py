@@ -465,23 +465,44 @@ class Best(Callback):
     def before_fit(self):
         self.cp = next((c for c in self.learn.cbs if isinstance(c, Checkpoints)), None)
         if self.cp is None: raise BoothError('the best checkpoint is asked for, but none is saved; add Checkpoints')
-        old = [r for r in read_jsonl(self.log) if r['step'] <= self.learn.step]
-        if self.learn.accelerator.is_main_process: atomic_write(self.log, ''.join(json.dumps(r) + '\n' for r in old))
+        if self.learn.accelerator.is_main_process: self.look_back()
+        self.agree()
+        if self.learn.step < self.learn.steps: self.after_step()
+
+    def look_back(self):
+        "Scores up to here; a checkpoint whose judging was cut off is judged now."
+        step = self.learn.step
+        self.scores = [*{r['step']: r for r in read_jsonl(self.log) if r['step'] <= step}.values()]
+        atomic_write(self.log, ''.join(json.dumps(r) + '\n' for r in self.scores))
+        if step not in {r['step'] for r in self.scores} and (self.cp.folder/f'step-{step:06d}').exists(): self.judge()
+        self.stop = self.tired()
 
     def after_save(self):
-        if self.learn.accelerator.is_main_process: self.judge()
-        self.stop = _anyone(self.learn.accelerator, self.stop)
+        if self.learn.accelerator.is_main_process:
+            self.judge()
+            self.stop = self.tired()
+        self.agree()
 
-    def judge(self):
-        with everything(self.learn): value = float(self.score(self.learn))
-        scores = [r for r in read_jsonl(self.log) if r['step'] != self.learn.step]
-        if not scores or self.sign*value > max(self.sign*r['score'] for r in scores): _point(self.cp.folder/'best', f'step-{self.learn.step:06d}')
-        append_jsonl(self.log, dict(step=self.learn.step, score=value))
-        values = [self.sign*r['score'] for r in scores] + [self.sign*value]
-        self.stop = bool(self.patience) and len(values) - 1 - values.index(max(values)) >= self.patience
+    def agree(self): self.stop = _anyone(self.learn.accelerator, self.stop)
 
     def after_step(self):
         if self.stop: raise CancelFit(f'nothing better in {self.patience} checkpoints')
+
+# %% ../nbs/12_callbacks.ipynb #6c085bfc
+@patch
+def judge(self:Best):
+    "Score this step's checkpoint."
+    with everything(self.learn): value = float(self.score(self.learn))
+    self.scores = [r for r in self.scores if r['step'] != self.learn.step]
+    if not self.scores or self.sign*value > max(self.sign*r['score'] for r in self.scores): _point(self.cp.folder/'best', f'step-{self.learn.step:06d}')
+    self.scores.append(row := dict(step=self.learn.step, score=value))
+    append_jsonl(self.log, row)
+
+@patch
+def tired(self:Best) -> bool:
+    "Whether nothing has been better for long enough."
+    values = [self.sign*r['score'] for r in self.scores]
+    return bool(self.patience and values) and len(values) - 1 - values.index(max(values)) >= self.patience
 
 # %% ../nbs/12_callbacks.ipynb #a0303f07
 def _point(link, name):
