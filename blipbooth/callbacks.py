@@ -11,7 +11,7 @@ __all__ = ['LossLog', 'Progress', 'NaNGuard', 'save_checkpoint', 'whole', 'load_
 import inspect, json, math, os, shutil, signal, tempfile, threading, time, warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from uuid import uuid4
@@ -25,12 +25,26 @@ from .learner import Callback, CancelFit
 from .sampling import sample, _shared_name
 
 # %% ../nbs/12_callbacks.ipynb #869ebc13
+@contextmanager
+def _room(
+    cb,   # the callback that writes
+    what, # it writes
+):
+    "What a full disk refuses is lost here, not the training; said once, until there is room again."
+    said = cb.__dict__.setdefault('said', set())
+    try:
+        yield
+        said.discard(what)
+    except OSError as e:
+        if what not in said: warnings.warn(f'{what} cannot be written ({e.strerror or e}); training goes on', stacklevel=2)
+        said.add(what)
+
 class LossLog(Callback):
-    "Writes the losses of every step to a JSON-lines file."
+    "Writes the losses of every step to a JSON-lines file; those that a full disk refuses are written once there is room."
     order = 10
     def __init__(self,
         path, # the file, usually logs/loss.jsonl in a run folder
-    ): self.path = Path(path)
+    ): self.path, self.wait = Path(path), []
 
     def before_fit(self):
         if not self.learn.accelerator.is_main_process: return
@@ -38,7 +52,26 @@ class LossLog(Callback):
         atomic_write(self.path, ''.join(json.dumps(r) + '\n' for r in old))
 
     def after_step(self):
-        if self.learn.accelerator.is_main_process: append_jsonl(self.path, dict(step=self.learn.step, **self.learn.losses))
+        if not self.learn.accelerator.is_main_process: return
+        self.wait.append(dict(step=self.learn.step, **self.learn.losses))
+        with _room(self, 'the losses'): self.before_save()
+
+    def before_save(self):
+        "Write what waits, or raise: a checkpoint has the log of all its steps."
+        while self.wait:
+            _append(self.path, self.wait[0])
+            del self.wait[0]
+
+    def cleanup(self):
+        with _room(self, 'the losses'): self.before_save()
+
+def _append(path, row):
+    "Add a line to a log, or leave the log as it is."
+    size = path.stat().st_size if path.exists() else 0
+    try: append_jsonl(path, row)
+    except OSError:
+        with suppress(OSError): os.truncate(path, size)
+        raise
 
 # %% ../nbs/12_callbacks.ipynb #a3058376
 class Progress(Callback):
@@ -255,6 +288,7 @@ class Checkpoints(Callback):
         self.time = time.monotonic()
         now = self.folder/f'step-{self.learn.step:06d}'
         if self.learn.accelerator.is_main_process:
+            self.learn('before_save')
             save_checkpoint(self.learn, now, self.info)
             for f in [f for f in self.found() if f <= now][:-self.keep]:
                 if f != self.best(): shutil.rmtree(f)
@@ -447,9 +481,10 @@ class Prints(Callback):
 
     def draw(self):
         with everything(self.learn): self.images = sample(self.pipe, self.prompts, seed=[self.seed + i for i in range(len(self.prompts))], **self.kw)
-        with atomic_dir(self.folder/f'step-{self.learn.step:06d}') as tmp:
+        with _room(self, 'prints on the way'), atomic_dir(self.folder/f'step-{self.learn.step:06d}') as tmp:
             for i, im in enumerate(self.images): im.save(tmp/f'{i:02d}.png')
-        for t in self.learn.accelerator.trackers: track_images(t, {'prints': self.images}, self.learn.step)
+        with _room(self, 'prints for the trackers'):
+            for t in self.learn.accelerator.trackers: track_images(t, {'prints': self.images}, self.learn.step)
 
 # %% ../nbs/12_callbacks.ipynb #e8f1e535
 class Best(Callback):
@@ -494,9 +529,11 @@ def judge(self:Best):
     "Score this step's checkpoint."
     with everything(self.learn): value = float(self.score(self.learn))
     self.scores = [r for r in self.scores if r['step'] != self.learn.step]
-    if not self.scores or self.sign*value > max(self.sign*r['score'] for r in self.scores): _point(self.cp.folder/'best', f'step-{self.learn.step:06d}')
     self.scores.append(row := dict(step=self.learn.step, score=value))
-    append_jsonl(self.log, row)
+    top = max(self.scores, key=lambda r: self.sign*r['score'])['step']
+    with _room(self, 'scores'):
+        if top == self.learn.step: _point(self.cp.folder/'best', f'step-{top:06d}')
+        _append(self.log, row)
 
 @patch
 def tired(self:Best) -> bool:
@@ -548,8 +585,10 @@ class Track(Callback):
         self.learn.accelerator.init_trackers(self.name, told, same_run(self.logs, told) if self.learn.accelerator.is_main_process else {})
     def after_step(self):
         rates = {f'lr/{i}': g['lr'] for i, g in enumerate(self.learn.opt.param_groups)}
-        self.learn.accelerator.log({**self.learn.losses, **rates}, step=self.learn.step)
-    def cleanup(self): self.learn.accelerator.end_training() if self.learn.accelerator.num_processes == 1 else [t.finish() for t in self.learn.accelerator.trackers]
+        with _room(self, 'what the trackers are sent'): self.learn.accelerator.log({**self.learn.losses, **rates}, step=self.learn.step)
+    def cleanup(self):
+        with _room(self, 'what the trackers are sent'): self.end()
+    def end(self): self.learn.accelerator.end_training() if self.learn.accelerator.num_processes == 1 else [t.finish() for t in self.learn.accelerator.trackers]
 
 # %% ../nbs/12_callbacks.ipynb #227e6fcb
 def track_images(
