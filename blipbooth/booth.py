@@ -8,7 +8,7 @@ __all__ = ['check_readers', 'Booth', 'demo']
 # %% ../nbs/20_booth.ipynb #f6a468bc
 import dataclasses, json, os, time, warnings
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from fastcore.basics import patch
 from fastcore.foundation import L
@@ -19,6 +19,7 @@ from .core import BoothError, Settings, atomic_write, load_json, out_dir, read_j
 from .dreambooth import DreamBoothConfig, build_learner, check_photos, check_run, estimate, load_concepts, open_run, suited_priors, suited_steps
 from .evaluation import Report, measure, prompt_fidelity, recipe, subject_fidelity
 from .images import contact_sheet, load_images
+from .learner import Callback
 from .matching import Matcher
 from .priors import article, class_prompts, load_priors, make_priors as draw_priors
 from .sampling import is_small, load_pipeline, sample, save_print, suited_guidance
@@ -61,7 +62,7 @@ class Booth:
             warnings.filterwarnings('ignore', 'one photo')  # has been said
             check_run(c, self.pipe, self.concepts(lambda photos, prompt: [prompt]*len(photos)))
         c.out = str(out or c.out or Path('runs')/c.class_noun.replace(' ', '-'))
-        self.out = out_dir(c.out)
+        self.out, self.waiting, self.accepted = out_dir(c.out), {}, False
 
     @cached_property
     def pipe(self): return load_pipeline(self.cfg.model or None, device=self.device)
@@ -91,18 +92,38 @@ def concepts(self:Booth,
 
 # %% ../nbs/20_booth.ipynb #8c9d6509
 @patch
-def keep_photos(self:Booth) -> str: # the folder
-    "Write the photos into the run folder."
-    folder = out_dir(self.out/'photos')
-    for i, p in enumerate(self.photos): p.image.save(folder/f'{i:02d}.png')
-    return str(folder)
+def keep(self:Booth,
+    name:str, # in the run folder
+    write,    # called with the path
+):
+    "Write a file of the run folder; where a run has begun, not before it is found to be this one."
+    self.waiting[name] = write
+    if self.accepted or not (self.out/'checkpoints').exists(): self.flush()
+
+@patch
+def flush(self:Booth):
+    for name in list(self.waiting): self.waiting.pop(name)(self.out/name)
+
+class _Accepted(Callback):
+    "Lets the files of a booth be written once `Checkpoints` holds the folder and has found the run to be the same."
+    order = 31
+    def __init__(self, booth): self.booth = booth
+    def restore(self):
+        self.booth.accepted = True
+        if self.learn.accelerator.is_main_process: self.booth.flush()
+        self.booth.waiting.clear()
+
+def _save_photos(photos, folder):
+    for i, p in enumerate(photos): p.image.save(out_dir(folder)/f'{i:02d}.png')
 
 @contextmanager
 def _stage(booth, name):
     "Time a stage, and keep the run's configuration beside its results."
-    if not booth.cfg.photos: booth.cfg.photos = booth.keep_photos()
-    booth.cfg.save(booth.out/'config.yaml')
-    save_json(booth.out/'photos.json', [dict(name=p.name, path=p.path, hash=p.hash, size=p.size) for p in booth.photos])
+    if not booth.cfg.photos:
+        booth.cfg.photos = str(booth.out/'photos')
+        booth.keep('photos', partial(_save_photos, booth.photos))
+    booth.keep('config.yaml', booth.cfg.save)
+    booth.keep('photos.json', lambda f: save_json(f, [dict(name=p.name, path=p.path, hash=p.hash, size=p.size) for p in booth.photos]))
     start = time.perf_counter()
     yield
     booth.seconds[name] = round(booth.seconds.get(name, 0) + time.perf_counter() - start, 2)
@@ -111,11 +132,10 @@ def _stage(booth, name):
 @patch
 def caption(self:Booth) -> L: # of Caption
     "Caption the photos, or read the captions that are there."
-    f = self.out/'captions.jsonl'
     with _stage(self, 'caption'):
         self.captions = self.captioner(self.photos, prompt=article(self.cfg.class_noun))
-        atomic_write(f, ''.join(json.dumps(dict(photo=p.name, hash=p.hash, text=c.text, score=c.score, prompt=self.train_captions[i])) + '\n'
-                                for i, (p, c) in enumerate(zip(self.photos, self.captions))))
+        rows = [dict(photo=p.name, hash=p.hash, text=c.text, score=c.score, prompt=t) for p, c, t in zip(self.photos, self.captions, self.train_captions)]
+        self.keep('captions.jsonl', partial(atomic_write, data=''.join(json.dumps(r) + '\n' for r in rows)))
     return self.captions
 
 @patch(as_prop=True)
@@ -167,8 +187,8 @@ def learned(self:Booth) -> list: # of Concept
 @patch
 def estimate(self:Booth): # Estimate
     "What the training takes; kept in estimate.json."
-    f, found = self.out/'estimate.json', estimate(self.pipe, self.cfg)
-    save_json(f, dict(dataclasses.asdict(found), peak=found.peak))
+    found = estimate(self.pipe, self.cfg)
+    self.keep('estimate.json', partial(save_json, obj=dict(dataclasses.asdict(found), peak=found.peak)))
     return found
 
 # %% ../nbs/20_booth.ipynb #f0d94221
@@ -180,17 +200,17 @@ def train(self:Booth,
 ):
     "Learn the subject; the trained pipeline is `self.model`."
     from accelerate import PartialState
-    found = Checkpoints(self.out/'checkpoints').last()
+    self.accepted, found = False, Checkpoints(self.out/'checkpoints').last()
     if found and not resume: raise BoothError(f"{self.out} holds a trained run already ({found.name}); resume it or choose another out=")
     with PartialState(cpu=self.device == 'cpu').main_process_first():
         concepts = self.learned()
-        if not (self.out/'estimate.json').exists(): self.estimate()
+        if not ('estimate.json' in self.waiting or (self.out/'estimate.json').exists()): self.estimate()
     for name in ('pipe', 'captioner', 'matcher', 'model'): self.__dict__.pop(name, None)
     with _stage(self, 'train'), warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'one photo')
         pipe = load_pipeline(self.cfg.model or None, device=self.device)
         judges = [self.judge(pipe)] if self.cfg.checkpoint.best else []
-        self.learner = build_learner(pipe, concepts, self.cfg, self.out, resume=True, cbs=[*judges, *cbs], anyway=anyway).fit()
+        self.learner = build_learner(pipe, concepts, self.cfg, self.out, resume=True, cbs=[_Accepted(self), *judges, *cbs], anyway=anyway).fit()
     if self.learner.cancelled and not any(getattr(c, 'stop', False) for c in judges): raise KeyboardInterrupt(self.learner.cancelled)
     return self.learner
 

@@ -8,9 +8,10 @@ __all__ = ['LossLog', 'Progress', 'NaNGuard', 'save_checkpoint', 'whole', 'load_
            'Track', 'track_images', 'track_report', 'plot_losses', 'LivePlot']
 
 # %% ../nbs/12_callbacks.ipynb #346e3763
-import json, math, os, shutil, signal, tempfile, threading, time, warnings
+import inspect, json, math, os, shutil, signal, tempfile, threading, time, warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from uuid import uuid4
@@ -19,17 +20,31 @@ import torch
 from fastcore.basics import patch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from .core import BoothError, append_jsonl, atomic_dir, atomic_write, file_hash, load_json, nearest, progress, read_jsonl, save_json
+from .core import BoothError, _jsonable, append_jsonl, atomic_dir, atomic_write, file_hash, load_json, nearest, progress, read_jsonl, save_json
 from .learner import Callback, CancelFit
 from .sampling import sample, _shared_name
 
 # %% ../nbs/12_callbacks.ipynb #869ebc13
+@contextmanager
+def _room(
+    cb,   # the callback that writes
+    what, # it writes
+):
+    "What a full disk refuses is lost here, not the training; said once, until there is room again."
+    said = cb.__dict__.setdefault('said', set())
+    try:
+        yield
+        said.discard(what)
+    except OSError as e:
+        if what not in said: warnings.warn(f'{what} cannot be written ({e.strerror or e}); training goes on', stacklevel=2)
+        said.add(what)
+
 class LossLog(Callback):
-    "Writes the losses of every step to a JSON-lines file."
+    "Writes the losses of every step to a JSON-lines file; those that a full disk refuses are written once there is room."
     order = 10
     def __init__(self,
         path, # the file, usually logs/loss.jsonl in a run folder
-    ): self.path = Path(path)
+    ): self.path, self.wait = Path(path), []
 
     def before_fit(self):
         if not self.learn.accelerator.is_main_process: return
@@ -37,7 +52,26 @@ class LossLog(Callback):
         atomic_write(self.path, ''.join(json.dumps(r) + '\n' for r in old))
 
     def after_step(self):
-        if self.learn.accelerator.is_main_process: append_jsonl(self.path, dict(step=self.learn.step, **self.learn.losses))
+        if not self.learn.accelerator.is_main_process: return
+        self.wait.append(dict(step=self.learn.step, **self.learn.losses))
+        with _room(self, 'the losses'): self.before_save()
+
+    def before_save(self):
+        "Write what waits, or raise: a checkpoint has the log of all its steps."
+        while self.wait:
+            _append(self.path, self.wait[0])
+            del self.wait[0]
+
+    def cleanup(self):
+        with _room(self, 'the losses'): self.before_save()
+
+def _append(path, row):
+    "Add a line to a log, or leave the log as it is."
+    size = path.stat().st_size if path.exists() else 0
+    try: append_jsonl(path, row)
+    except OSError:
+        with suppress(OSError): os.truncate(path, size)
+        raise
 
 # %% ../nbs/12_callbacks.ipynb #a3058376
 class Progress(Callback):
@@ -86,6 +120,28 @@ class NaNGuard(Callback):
         last = next((c.last() for c in self.learn.cbs if isinstance(c, Checkpoints)), None)
         raise BoothError(f"{why} (last good checkpoint: {last or 'none'})")
 
+# %% ../nbs/12_callbacks.ipynb #38226f08
+def _pack(x, tensors, name):
+    "JSON for a value; the tensors in it go into `tensors`."
+    down = lambda xs: [_pack(v, tensors, f'{name}/{i}') for i, v in enumerate(xs)]
+    if torch.is_tensor(x):
+        tensors[name] = x
+        return dict(tensor=name)
+    if isinstance(x, dict): return {'counts' if isinstance(x, Counter) else 'dict': [list(p) for p in zip(x, down(x.values()))]}
+    return dict(tuple=down(x)) if isinstance(x, tuple) else down(x) if isinstance(x, list) else x
+
+def _unpack(x, tensors):
+    "The value that `_pack` was given."
+    up = lambda x: _unpack(x, tensors)
+    if isinstance(x, list): return [up(v) for v in x]
+    if not isinstance(x, dict): return x
+    (kind, v), = x.items()
+    if kind == 'tensor': return tensors[v]
+    return tuple(map(up, v)) if kind == 'tuple' else dict(counts=Counter, dict=dict)[kind]({k: up(o) for k, o in v})
+
+def _bare(opt): return getattr(opt, 'optimizer', opt) # accelerate wraps it
+def _sum(state): return file_hash(json.dumps({k: v for k, v in state.items() if k != 'sum'}, sort_keys=True).encode())
+
 # %% ../nbs/12_callbacks.ipynb #81c93395
 def _named(model): return {_shared_name(n): p for n, p in model.named_parameters()}
 
@@ -101,6 +157,20 @@ def _versions(): return {k: metadata.version(k) for k in ('torch', 'diffusers', 
 def _flush(f):
     with open(f, 'rb') as o: os.fsync(o.fileno())
 
+# %% ../nbs/12_callbacks.ipynb #ad538b30
+def _state(
+    learn, # a Learner
+    info,  # what else to keep
+):         # (what goes into state.json, tensors beside the moments)
+    "Where a training stands, but for weights and moments."
+    names, inner, more = {p: n for n, p in _trainable(learn.model).items()}, _bare(learn.opt), {}
+    sched, scaler = learn.sched and learn.sched.state_dict(), learn.accelerator.scaler
+    groups = [{k: _pack(v, more, f'groups/{i}/{k}') for k, v in g.items() if k != 'params'} for i, g in enumerate(inner.param_groups)]
+    counts = {names[p]: {k: _pack(v, more, f'counts/{names[p]}/{k}') for k, v in s.items() if not torch.is_tensor(v)} for p, s in inner.state.items()}
+    state = dict(step=learn.step, trained=sorted(_trainable(learn.model)), sched=_pack(sched, more, 'sched'), scaler=scaler.state_dict() if scaler else None,
+                 lr=[g['lr'] for g in inner.param_groups], groups=groups, counts=counts, optimizer=type(inner).__name__, info=info or {}, versions=_versions())
+    return json.loads(json.dumps(state, default=_jsonable)), more
+
 def save_checkpoint(
     learn,      # a Learner
     folder,     # where to, whole or not at all
@@ -108,29 +178,28 @@ def save_checkpoint(
 ):
     "Write trained weights, optimizer, scheduler, loss scaler and what callbacks keep to a folder."
     names = {p: n for n, p in _trainable(learn.model).items()}
-    inner = getattr(learn.opt, 'optimizer', learn.opt)
-    moments = {f'{k}/{names[p]}': v for p, s in inner.state.items() for k, v in s.items() if torch.is_tensor(v)}
+    moments = {f'{k}/{names[p]}': v for p, s in _bare(learn.opt).state.items() for k, v in s.items() if torch.is_tensor(v)}
     cpu = lambda d: {k: v.detach().cpu().contiguous() for k, v in d.items()}
-    files = {**_split(_trainable(learn.model)), 'optimizer': moments, **{c.file: c.tensors() for c in learn.cbs if hasattr(c, 'tensors')}}
+    state, more = _state(learn, info)
+    files = {**_split(_trainable(learn.model)), 'optimizer': moments, **({'more': more} if more else {}), **{c.file: c.tensors() for c in learn.cbs if hasattr(c, 'tensors')}}
     with atomic_dir(folder) as tmp, ThreadPoolExecutor() as pool:
         waits = {}  # while a file goes to the disk and is summed up, the next one is written
         for name, ts in files.items():
             save_file(cpu(ts), f := tmp/f'{name}.safetensors')
             waits[f.name] = pool.submit(_flush, f), pool.submit(file_hash, f)
         for flush, _ in waits.values(): flush.result()
-        scaler = learn.accelerator.scaler
-        state = dict(step=learn.step, trained=sorted(_trainable(learn.model)), sched=learn.sched.state_dict() if learn.sched else None, scaler=scaler.state_dict() if scaler else None,
-                     lr=[g['lr'] for g in inner.param_groups], info=info or {}, versions=_versions(), sums={n: h.result() for n, (_, h) in sorted(waits.items())})
-        save_json(tmp/'state.json', state)
+        state['sums'] = {n: h.result() for n, (_, h) in sorted(waits.items())}
+        save_json(tmp/'state.json', dict(state, sum=_sum(state)))
 
 # %% ../nbs/12_callbacks.ipynb #594f0f69
 def whole(
     folder, # a checkpoint folder
 ) -> bool:
     "Whether every file of a checkpoint is there and unaltered."
-    try: sums = load_json(Path(folder)/'state.json')['sums']
-    except (BoothError, OSError, ValueError, KeyError): return False
-    return all((Path(folder)/n).exists() and file_hash(Path(folder)/n) == h for n, h in sums.items())
+    try: sums = (state := load_json(Path(folder)/'state.json'))['sums'].items()
+    except (BoothError, OSError, ValueError, KeyError, TypeError, AttributeError): return False
+    if state.get('sum', _sum(state)) != _sum(state): return False  # older ones have none
+    return all((Path(folder)/n).exists() and file_hash(Path(folder)/n) == h for n, h in sums)
 
 @torch.no_grad()
 def load_weights(
@@ -144,25 +213,52 @@ def load_weights(
     found = load_file(Path(folder)/'ema.safetensors') if average and (Path(folder)/'ema.safetensors').exists() else {f'{k}.{n}': v for k in sorted(parts) for n, v in load_file(Path(folder)/f'{k}.safetensors').items()}
     for n, v in found.items():
         if n not in own: raise BoothError(f"the checkpoint {folder} trains {n}, which this model does not have; use the config it was made with")
-        own[n].copy_(v)
+        if own[n].shape != v.shape: raise BoothError(f"{n} has {list(v.shape)} numbers in the checkpoint {folder}, and {list(own[n].shape)} here; use the config it was made with")
+    for n, v in found.items(): own[n].copy_(v)
 
 # %% ../nbs/12_callbacks.ipynb #567e2681
+def _load_moments(learn, state, tensors, more):
+    inner, own = _bare(learn.opt), _named(learn.model)
+    if state.get('optimizer', type(inner).__name__) != type(inner).__name__: return  # another one's moments mean something else
+    counts_there = any(g.get('fused') or g.get('capturable') for g in inner.param_groups)  # such an optimizer counts its steps where the weights are
+    for key, v in tensors.items():
+        k, _, n = key.partition('/')
+        inner.state[own[n]][k] = v if k == 'step' and not counts_there else v.to(own[n].device)
+    for n, s in state.get('counts', {}).items(): inner.state[own[n]].update({k: _unpack(v, more) for k, v in s.items()})
+
+_rates = {'initial_lr', 'max_lr', 'min_lr', 'max_momentum', 'base_momentum'}
+
+def _load_rates(learn, state, more, anew):
+    "Settings of the optimizer and its schedule, as saved; or, anew, as they would be at this step had it always trained like that."
+    inner, sched = _bare(learn.opt), learn.sched
+    said = _rates | inspect.signature(type(inner)).parameters.keys() if anew else set()
+    groups = state.get('groups') or [dict(lr=lr) for lr in state['lr']]
+    if anew and sched:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of steps of a schedule without steps of its optimizer
+            for _ in range(state['step']): sched.step()
+    elif sched: sched.load_state_dict(_unpack(state['sched'], more) if 'groups' in state else state['sched'])
+    for i, g in enumerate(inner.param_groups):
+        g.update({k: _unpack(v, more) for k, v in groups[min(i, len(groups) - 1)].items() if k not in said})
+
 def load_checkpoint(
     learn,  # a Learner, made as the one that was saved
     folder, # a checkpoint folder
+    anew:bool=False, # with the learning rates, schedule and settings that the learner has now, in place of the saved ones
 ):
     "Continue from a checkpoint: weights, optimizer, scheduler, loss scaler and step."
+    folder = Path(folder)
+    if not whole(folder): raise BoothError(f"the checkpoint {folder} is damaged; resume from an earlier one")
+    state, now = load_json(folder/'state.json'), _trainable(learn.model)
+    if other := sorted(now.keys() ^ set(state['trained'])): raise BoothError(f"{folder} trains other parts ({len(other)} differ, such as {other[0]}); train the same ones, or choose another out=")
     load_weights(learn.model, folder)
-    state, inner, own = load_json(Path(folder)/'state.json'), getattr(learn.opt, 'optimizer', learn.opt), _named(learn.model)
-    counts_there = any(g.get('fused') or g.get('capturable') for g in inner.param_groups)  # such an optimizer counts its steps where the weights are
-    for key, v in load_file(Path(folder)/'optimizer.safetensors').items():
-        k, _, n = key.partition('/')
-        inner.state[own[n]][k] = v if k == 'step' and not counts_there else v.to(own[n].device)
-    for g, lr in zip(inner.param_groups, state['lr'], strict=True): g['lr'] = lr
-    if learn.sched: learn.sched.load_state_dict(state['sched'])
+    device = next(iter(now.values())).device
+    more = {k: v.to(device) for k, v in load_file(folder/'more.safetensors').items()} if 'more.safetensors' in state['sums'] else {}
+    _load_moments(learn, state, load_file(folder/'optimizer.safetensors'), more)
+    _load_rates(learn, state, more, anew)
     if learn.accelerator.scaler and state.get('scaler'): learn.accelerator.scaler.load_state_dict(state['scaler'])
     for c in learn.cbs:
-        if hasattr(c, 'tensors') and (Path(folder)/f'{c.file}.safetensors').exists(): c.load(load_file(Path(folder)/f'{c.file}.safetensors'))
+        if hasattr(c, 'tensors') and (folder/f'{c.file}.safetensors').exists(): c.load(load_file(folder/f'{c.file}.safetensors'))
     learn.step = state['step']
 
 # %% ../nbs/12_callbacks.ipynb #fe5b54dd
@@ -192,6 +288,7 @@ class Checkpoints(Callback):
         self.time = time.monotonic()
         now = self.folder/f'step-{self.learn.step:06d}'
         if self.learn.accelerator.is_main_process:
+            self.learn('before_save')
             save_checkpoint(self.learn, now, self.info)
             for f in [f for f in self.found() if f <= now][:-self.keep]:
                 if f != self.best(): shutil.rmtree(f)
@@ -220,16 +317,17 @@ def cleanup(self:Checkpoints):
 # %% ../nbs/12_callbacks.ipynb #996e8e39
 @patch
 def restore(self:Checkpoints):
+    self.lock()
     found, last = self.found(), self.last()
     if found and not self.resume: raise BoothError(f"{self.folder} holds a run already ({found[-1].name}); resume it, or choose another folder")
-    self.lock()
+    if found and last is None: raise BoothError(f"no checkpoint in {self.folder} is whole ({', '.join(f.name for f in found)}); remove that folder to begin again, or choose another out=")
     if last is None: return
     for f in found:
         if f > last: print(f'{f.name} is damaged; going on from {last.name}')
     old, new = load_json(last/'state.json')['info'], json.loads(json.dumps(self.info))
     differ = [f'{k}: {old.get(k)!r} was, {new.get(k)!r} is' for k in {**old, **new} if old.get(k) != new.get(k)]
-    if differ and not self.anyway: raise BoothError(f"{last} belongs to another run ({'; '.join(differ)}); give this one a folder of its own, or resume anyway")
-    load_checkpoint(self.learn, last)
+    if differ and not self.anyway: raise BoothError(f"{last} belongs to another run ({'; '.join(differ)}); give this one a folder of its own, or resume anyway (--anyway, in Python anyway=True)")
+    load_checkpoint(self.learn, last, anew=bool(differ))
 
 # %% ../nbs/12_callbacks.ipynb #a2cb7cff
 def _anyone(acc, flag):
@@ -383,9 +481,10 @@ class Prints(Callback):
 
     def draw(self):
         with everything(self.learn): self.images = sample(self.pipe, self.prompts, seed=[self.seed + i for i in range(len(self.prompts))], **self.kw)
-        with atomic_dir(self.folder/f'step-{self.learn.step:06d}') as tmp:
+        with _room(self, 'prints on the way'), atomic_dir(self.folder/f'step-{self.learn.step:06d}') as tmp:
             for i, im in enumerate(self.images): im.save(tmp/f'{i:02d}.png')
-        for t in self.learn.accelerator.trackers: track_images(t, {'prints': self.images}, self.learn.step)
+        with _room(self, 'prints for the trackers'):
+            for t in self.learn.accelerator.trackers: track_images(t, {'prints': self.images}, self.learn.step)
 
 # %% ../nbs/12_callbacks.ipynb #e8f1e535
 class Best(Callback):
@@ -401,23 +500,46 @@ class Best(Callback):
     def before_fit(self):
         self.cp = next((c for c in self.learn.cbs if isinstance(c, Checkpoints)), None)
         if self.cp is None: raise BoothError('the best checkpoint is asked for, but none is saved; add Checkpoints')
-        old = [r for r in read_jsonl(self.log) if r['step'] <= self.learn.step]
-        if self.learn.accelerator.is_main_process: atomic_write(self.log, ''.join(json.dumps(r) + '\n' for r in old))
+        if self.learn.accelerator.is_main_process: self.look_back()
+        self.agree()
+        if self.learn.step < self.learn.steps: self.after_step()
+
+    def look_back(self):
+        "Scores up to here; a checkpoint whose judging was cut off is judged now."
+        step = self.learn.step
+        self.scores = [*{r['step']: r for r in read_jsonl(self.log) if r['step'] <= step}.values()]
+        atomic_write(self.log, ''.join(json.dumps(r) + '\n' for r in self.scores))
+        if step not in {r['step'] for r in self.scores} and (self.cp.folder/f'step-{step:06d}').exists(): self.judge()
+        self.stop = self.tired()
 
     def after_save(self):
-        if self.learn.accelerator.is_main_process: self.judge()
-        self.stop = _anyone(self.learn.accelerator, self.stop)
+        if self.learn.accelerator.is_main_process:
+            self.judge()
+            self.stop = self.tired()
+        self.agree()
 
-    def judge(self):
-        with everything(self.learn): value = float(self.score(self.learn))
-        scores = [r for r in read_jsonl(self.log) if r['step'] != self.learn.step]
-        if not scores or self.sign*value > max(self.sign*r['score'] for r in scores): _point(self.cp.folder/'best', f'step-{self.learn.step:06d}')
-        append_jsonl(self.log, dict(step=self.learn.step, score=value))
-        values = [self.sign*r['score'] for r in scores] + [self.sign*value]
-        self.stop = bool(self.patience) and len(values) - 1 - values.index(max(values)) >= self.patience
+    def agree(self): self.stop = _anyone(self.learn.accelerator, self.stop)
 
     def after_step(self):
         if self.stop: raise CancelFit(f'nothing better in {self.patience} checkpoints')
+
+# %% ../nbs/12_callbacks.ipynb #6c085bfc
+@patch
+def judge(self:Best):
+    "Score this step's checkpoint."
+    with everything(self.learn): value = float(self.score(self.learn))
+    self.scores = [r for r in self.scores if r['step'] != self.learn.step]
+    self.scores.append(row := dict(step=self.learn.step, score=value))
+    top = max(self.scores, key=lambda r: self.sign*r['score'])['step']
+    with _room(self, 'scores'):
+        if top == self.learn.step: _point(self.cp.folder/'best', f'step-{top:06d}')
+        _append(self.log, row)
+
+@patch
+def tired(self:Best) -> bool:
+    "Whether nothing has been better for long enough."
+    values = [self.sign*r['score'] for r in self.scores]
+    return bool(self.patience and values) and len(values) - 1 - values.index(max(values)) >= self.patience
 
 # %% ../nbs/12_callbacks.ipynb #a0303f07
 def _point(link, name):
@@ -463,8 +585,10 @@ class Track(Callback):
         self.learn.accelerator.init_trackers(self.name, told, same_run(self.logs, told) if self.learn.accelerator.is_main_process else {})
     def after_step(self):
         rates = {f'lr/{i}': g['lr'] for i, g in enumerate(self.learn.opt.param_groups)}
-        self.learn.accelerator.log({**self.learn.losses, **rates}, step=self.learn.step)
-    def cleanup(self): self.learn.accelerator.end_training() if self.learn.accelerator.num_processes == 1 else [t.finish() for t in self.learn.accelerator.trackers]
+        with _room(self, 'what the trackers are sent'): self.learn.accelerator.log({**self.learn.losses, **rates}, step=self.learn.step)
+    def cleanup(self):
+        with _room(self, 'what the trackers are sent'): self.end()
+    def end(self): self.learn.accelerator.end_training() if self.learn.accelerator.num_processes == 1 else [t.finish() for t in self.learn.accelerator.trackers]
 
 # %% ../nbs/12_callbacks.ipynb #227e6fcb
 def track_images(
