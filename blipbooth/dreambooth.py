@@ -787,10 +787,11 @@ def _halved(pipe, cfg):
 
 def _accelerator(pipe, cfg, out):
     "An Accelerator; accelerate keeps the precision of the first one in a process, and a notebook may train in another next."
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != cfg.mixed_precision: AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=cfg.mixed_precision, cpu=pipe.device.type == 'cpu', log_with=cfg.trackers or None, project_dir=Path(out)/'logs' if out and cfg.trackers else None)
+    alone = DistributedDataParallelKwargs(broadcast_buffers=False)  # processes may differ in their number of forwards, one a shape; only the backward is shared
+    return Accelerator(mixed_precision=cfg.mixed_precision, cpu=pipe.device.type == 'cpu', log_with=cfg.trackers or None, project_dir=Path(out)/'logs' if out and cfg.trackers else None, kwargs_handlers=[alone])
 
 def _checkpointing(pipe):
     pipe.unet.enable_gradient_checkpointing()
