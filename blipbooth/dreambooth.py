@@ -965,11 +965,20 @@ def _older_names(file):
     save_file({_text_name(k): v for k, v in load_file(file).items()}, new, dict(format='pt'))
     new.replace(file)
 
+_OURS = r'README\.md|\d+\.png|model_index\.json|unet|vae|text_encoder|tokenizer|scheduler|feature_extractor|safety_checker|image_encoder|(pytorch_lora_weights|lora|model|embedding(-[\w-]+)?)\.safetensors'
+
+def _only_ours(folder, sign='.'):
+    "Refuse a folder with anything in it that no export writes, or without a file of this sign: an export takes the whole folder's place."
+    there = sorted(o.name for o in Path(folder).iterdir()) if Path(folder).is_dir() else []
+    odd = [o for o in there if not re.fullmatch(_OURS, o)] or there*(not any(re.search(sign, o) for o in there))
+    if odd: raise BoothError(f"{folder} holds {odd[0]} and is no earlier export, and an export would remove it; choose a new folder")
+
 def export_pipeline(
     pipe,   # a trained StableDiffusionPipeline; its LoRA matrices are merged
-    folder, # where to, whole or not at all
+    folder, # where to, whole or not at all; an earlier export there is replaced
 ):
     "Write a trained model as an ordinary diffusers folder, LoRA merged in."
+    _only_ours(folder, 'model_index')
     merge_lora(pipe)
     with quiet_transformers(), atomic_dir(folder) as tmp:
         pipe.save_pretrained(tmp, safe_serialization=True)
