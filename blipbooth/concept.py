@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['personalise', 'fill_template', 'read_captions', 'pieces', 'check_name', 'RareToken', 'suggest_tokens', 'load_masks',
            'Concept', 'bucket_shapes', 'nearest_shape', 'Views', 'posteriors', 'module_hash', 'cached_tensors',
-           'text_embeddings', 'Stream', 'whose_turn', 'TrainingSet', 'DataOptions', 'training_set']
+           'text_embeddings', 'Stream', 'check_weights', 'whose_turn', 'TrainingSet', 'fitted_masks', 'DataOptions',
+           'training_views', 'training_set']
 
 # %% ../nbs/10_concept.ipynb #300ffbae
 import json, re, string, warnings
@@ -44,7 +45,8 @@ def fill_template(
 ) -> str:           # the caption
     "A template with the subject's name in its holes."
     words = dict(subject=f'{token} {class_noun}', token=token, class_noun=class_noun)
-    holes = {h for _, h, _, _ in string.Formatter().parse(template) if h is not None}
+    try: holes = {f"{h}{'!' + how if how else ''}{':' + form if form else ''}" for _, h, form, how in string.Formatter().parse(template) if h is not None}
+    except ValueError as e: raise BoothError(f"the template {template!r} cannot be read: {e}; write {{subject}} with both its braces, and a brace of the text twice") from None
     if holes - set(words): raise BoothError(f"the template {template!r} has a hole {{{min(holes - set(words))}}}; the holes are {{subject}}, {{token}} and {{class_noun}}")
     if token.lower() not in template.lower() and not holes & {'subject', 'token'}: raise BoothError(f"the template {template!r} does not name the subject; write {{subject}} where its name belongs")
     return template.format(**words)
@@ -362,6 +364,14 @@ def _counts(weights):
     whole = [int(f*lcm(*(f.denominator for f in fs))) for f in fs]
     return [w//gcd(*whole) for w in whole]
 
+def check_weights(
+    concepts, # of Concept
+):
+    "Refuse weights that whole numbers would change by more than a tenth."
+    counts, most = _counts([c.weight for c in concepts]), max(c.weight for c in concepts)
+    for c, n in zip(concepts, counts):
+        if abs(n/max(counts)*most/c.weight - 1) > .1: raise BoothError(f"the weight of {c.subject!r} is {c.weight:g} beside {most:g} and would count as {n/max(counts)*most:g}; raise it to {most/20:g} at least")
+
 def whose_turn(
     k:int,   # number of the sample
     counts,  # samples of each concept in a round
@@ -425,6 +435,17 @@ class _Row:
 
 def _small(mask, factor): return torch.nn.functional.avg_pool2d(mask[None], factor)[0]
 
+def fitted_masks(
+    pipe,        # StableDiffusionPipeline, whose latents they are for
+    views:Views, # pictures
+    masks,       # see `load_masks`
+) -> list:       # one (1, h, w) a row, as small as latents
+    "The mask over every picture; a photo whose mask is cut away in all of its pictures is refused."
+    out = [_small(views.tensor(r, masks[r % views.n]), pipe.vae_scale_factor) for r in range(len(views))]
+    for i, p in enumerate(views.photos):
+        if not any(m.any() for m in out[i::views.n]): raise BoothError(f"the mask of {p.name} has no white left after fit={views.fit}, so nothing of it would be learned; say fit=letterbox, or give it another mask")
+    return out
+
 # %% ../nbs/10_concept.ipynb #bf7f41d2
 @dataclass
 class DataOptions:
@@ -441,6 +462,20 @@ class DataOptions:
     context:bool=False    # keep the text embeddings (for a frozen text encoder)
     cache:object=None     # None: kept in memory; a folder: on disk, too; 'off': encoded at every step
 
+def training_views(
+    pipe,            # StableDiffusionPipeline, whose halvings decide the shapes
+    images,          # Photos
+    size:int,        # resolution, pixels
+    seed,            # the run's seed
+    o:DataOptions,
+    subject=True,    # of the subject; class images are not varied
+) -> Views:
+    "The pictures that training sees."
+    fit = o.fit if subject or o.fit != 'random-crop' else 'center-crop'
+    images = load_images(images)
+    shapes = [nearest_shape(p, bucket_shapes(size, _step(pipe))) for p in images] if o.buckets else size
+    return Views(images, shapes, fit, o.flip and subject, o.views, o.colour if subject else 0., seed)
+
 def _step(pipe): return pipe.vae_scale_factor*2**(len(pipe.unet.config.block_out_channels) - 1)
 
 def _ids(pipe, texts):
@@ -450,12 +485,11 @@ def _ids(pipe, texts):
 # %% ../nbs/10_concept.ipynb #1a79d1bc
 def _stream(pipe, images, texts, masks, size, seed, name, o, subject):
     "The stream of some pictures."
-    fit = o.fit if subject or o.fit != 'random-crop' else 'center-crop'
-    images = load_images(images)
-    shapes = [nearest_shape(p, bucket_shapes(size, _step(pipe))) for p in images] if o.buckets else size
-    views = Views(images, shapes, fit, o.flip and subject, o.views, o.colour if subject else 0., seed)
+    views = training_views(pipe, images, size, seed, o, subject)
     mean, std, live = _latents(pipe, views, o.cache)
-    if masks: masks = [_small(views.tensor(r, masks[r % views.n]), pipe.vae_scale_factor) for r in range(len(views))]
+    if masks:
+        masks = fitted_masks(pipe, views, masks)
+        if black := sum(not m.any() for m in masks): warnings.warn(f"{black} of {len(masks)} crops show nothing of what the masks leave, and teach nothing; fit=letterbox keeps it")
     ids = _ids(pipe, [*texts, ''])
     context = text_embeddings(pipe, ids, None if o.cache == 'off' else o.cache) if o.context else None
     return Stream(mean, std, ids[:-1], seed, name, views.flip, views.views, masks, ids[-1], o.dropout, context, tuple(o.draws), live)
@@ -472,6 +506,7 @@ def training_set(
     "Encode the pictures and captions of one or several concepts."
     o, cs = DataOptions(fit, flip, **options), [concepts] if isinstance(concepts, Concept) else list(concepts)
     if len({c.token for c in cs}) < len(cs): raise BoothError(f"{len(cs)} concepts with {len({c.token for c in cs})} tokens ({', '.join(c.token for c in cs)}); each needs one of its own")
+    check_weights(cs)
     with_priors = [c for c in cs if c.priors]
     if len(with_priors) not in (0, len(cs)): raise BoothError(f"{len(with_priors)} of {len(cs)} concepts have class images; give them to every concept or to none")
     name = lambda what, i: f'{what} {i}' if i else what

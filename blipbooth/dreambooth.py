@@ -35,7 +35,7 @@ from safetensors.torch import load_file, save_file
 from yaml import YAMLError
 from .callbacks import EMA, Checkpoints, Halved, Interrupts, LetGo, LossLog, NaNGuard, Prints, Progress, Track, check_trackers, load_weights
 from .decoding import quiet_transformers
-from .concept import Concept, check_name, load_masks, training_set
+from .concept import Concept, DataOptions, check_name, check_weights, fitted_masks, load_masks, training_set, training_views
 from .core import BoothError, atomic_dir, atomic_write, file_hash, nearest, stateless_seed
 from .diffusion import add_noise, alpha_sigma, debiased_weight, logit_normal, min_snr_weight, p2_weight, prior_loss, snr, target
 from .layers import attend_narrowly, conv2d, winograd_conv2d, winograd_suits
@@ -184,7 +184,7 @@ def preset(
     name, # one of PRESETS, or empty
 ):        # an OmegaConf of its values
     "The values of a preset."
-    if name and name not in PRESETS:
+    if name and (not isinstance(name, str) or name not in PRESETS):
         near = nearest(name, PRESETS)
         raise BoothError(f"no preset {name!r}; " + (f"did you mean {near!r}?" if near else f"the presets are {', '.join(PRESETS)}"))
     out = OmegaConf.create()
@@ -233,6 +233,15 @@ def _mistyped(e):
     what, example = _KINDS[type(default)]
     return f"{name}={e.value!r} is not {what}; write it as, say, {name}={example.format(default)}"
 
+def _misshaped(given):
+    "What is wrong with a list that should be names and values, or the other way round."
+    for k, example in (('optimizer_args', 'eps=1e-6'), ('schedule_args', 'T_max=300')):
+        if isinstance(given.get(k), list): return f"{k}={given[k]} is a list, and {k} is one of the sets of names and values; write it as, say, {k}.{example}"
+    cs, like = given.get('concepts', []), '{photos: FOLDER, token: sks, class_noun: fox}'
+    if isinstance(cs, dict): return f"concepts={cs} is not a list; write one item a subject, such as - {like}"
+    odd = [c for c in cs if not isinstance(c, dict)] if isinstance(cs, list) else []
+    return f"concepts holds {odd[0]!r}, which is not a set of names and values; write it as, say, - {like}" if odd else ''
+
 @patch(cls_method=True)
 def load(cls:DreamBoothConfig,
     path=None,  # a YAML file
@@ -242,12 +251,13 @@ def load(cls:DreamBoothConfig,
     try: given = _merge(path, overrides)
     except YAMLError as e: raise BoothError(f"{path or 'the config'} is not YAML: {getattr(e, 'problem', e)}; put a text with brackets or a colon in quotes") from None
     except (OmegaConfBaseException, ValueError) as e: raise BoothError(f"{path or 'the config'} cannot be read: {str(e).splitlines()[0]}") from None
+    if said := _misshaped(given): raise BoothError(said)
     for k, known in _unknown(given, config_fields()):
         near = nearest(k, known)
         raise BoothError(f"no config key {k!r}" + (f"; did you mean {near!r}?" if near else f"; the keys are {', '.join(known)}"))
     try: return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DreamBoothConfig), given)).check()
     except OmegaConfBaseException as e: raise BoothError(_mistyped(e)) from None
-    except TypeError as e: raise BoothError(f"{path or 'the config'} cannot be read: {e}; optimizer_args and schedule_args are sets of names and values, such as optimizer_args.eps=1e-6") from None
+    except TypeError as e: raise BoothError(f"{path or 'the config'} cannot be read: {e}") from None
 
 # %% ../nbs/13_dreambooth.ipynb #6bbaf7c3
 _LEAST = {'steps': 0, 'batch_size': 1, 'accumulate': 1, 'prior.n': 0, 'prior.weight': 0, 'prior.threshold': 0, 'prior.dedupe': 0, 'prior.candidates': 0, 'lr': 0, 'resolution': 0, 'checkpoint.every': 1, 'checkpoint.keep': 1,
@@ -281,6 +291,7 @@ def check(self:DreamBoothConfig):
     for k in ('lr', 'train.unet_lr', 'train.text_encoder_lr', 'train.token_lr'):
         if _get(self, k) >= .1 and not finds_its_own: raise BoothError(f"{k}={_get(self, k)} would destroy the model; usual values are 1e-6 to 1e-3")
     if self.loss.t_max and self.loss.t_max <= self.loss.t_min: raise BoothError(f"loss.t_max={self.loss.t_max} leaves no timestep from loss.t_min={self.loss.t_min} on; raise it, or 0 for all")
+    if self.checkpoint.patience and not self.checkpoint.best: raise BoothError(f"checkpoint.patience={self.checkpoint.patience} waits for a better checkpoint, and checkpoint.best is empty; say checkpoint.best=subject_fidelity, or leave it out")
     if self.min_snr and self.loss.weighting != 'none': raise BoothError(f"min_snr={self.min_snr:g} and loss.weighting={self.loss.weighting} both weigh the timesteps; leave one of them out")
     if (self.train.unet, self.train.text_encoder, self.train.token) == ('off', 'off', False): raise BoothError("nothing trains: train.unet and train.text_encoder are off and train.token is false; turn one on")
     return self
@@ -310,6 +321,8 @@ def load_concepts(
     captioner=None, # for captions=captioner; None: the bundled one
 ) -> list:          # of Concept
     "The concepts that a configuration names."
+    for key, own, fine in (('prior.folder', 'prior_folder', ('',)), ('template', 'template', ('a {subject}',)), ('captions', 'captions', ('captioner', 'template'))):
+        if cfg.concepts and _get(cfg, key) not in fine: raise BoothError(f"{key}={_get(cfg, key)} would not be heard, since the subjects are in concepts; write {own} into each of them")
     one = ConceptConfig(cfg.photos, cfg.token, cfg.class_noun, masks=cfg.data.masks, prior_folder=cfg.prior.folder)
     out = []
     for c in cfg.concepts or [one]:
@@ -634,8 +647,10 @@ def _named(what, dotted, example):
 
 def _made(what, f, x, args, key):
     "An optimizer or a schedule with the configured arguments."
-    try: return f(x, **args)
-    except (TypeError, ValueError) as e: raise BoothError(f"the {what} does not take {key}={args}: {str(e).splitlines()[0]}") from None
+    try: made = f(x, **args)
+    except (TypeError, ValueError, AttributeError, KeyError) as e: raise BoothError(f"the {what} does not take {key}={args}: {str(e).partition(chr(10))[0]}") from None
+    if not (hasattr(made, 'step') and hasattr(made, 'state_dict')): raise BoothError(f"{what} makes a {type(made).__name__}, which takes no steps; name an optimizer such as torch.optim.AdamW, or a schedule such as torch.optim.lr_scheduler.StepLR")
+    return made
 
 def make_optimizer(
     cfg,    # gives optimizer and optimizer_args
@@ -657,12 +672,14 @@ def make_schedule(
 
 # %% ../nbs/13_dreambooth.ipynb #546b399b
 def _try_out(cfg, device):
-    "A step of the configured optimizer and schedule, on a number that nobody needs."
+    "A step of the configured optimizer, and all of a schedule that may end, on a number that nobody needs."
     p = torch.nn.Parameter(torch.ones(1, device=device or 'cpu'))
     opt = make_optimizer(cfg, [dict(params=[p], lr=cfg.lr or 1e-5)])
-    sched, p.grad = make_schedule(cfg, opt), torch.ones_like(p)
-    try: opt.step(); sched.step()
-    except (TypeError, ValueError, RuntimeError) as e: raise BoothError(f"optimizer={cfg.optimizer} with schedule={cfg.schedule} cannot take a step ({str(e).splitlines()[0]}); check optimizer_args={dict(cfg.optimizer_args)} and schedule_args={dict(cfg.schedule_args)}") from None
+    sched, p.grad, done = make_schedule(cfg, opt), torch.ones_like(p), 0
+    try:
+        opt.step()
+        for done in range(max(1, cfg.steps) if '.' in cfg.schedule else 1): sched.step()
+    except (TypeError, ValueError, RuntimeError) as e: raise BoothError(f"optimizer={cfg.optimizer} with schedule={cfg.schedule} cannot take {f'step {done + 1} of {cfg.steps}' if done else 'a step'} ({str(e).partition(chr(10))[0]}); check optimizer_args={dict(cfg.optimizer_args)} and schedule_args={dict(cfg.schedule_args)}") from None
 
 def check_named(
     cfg,         # DreamBoothConfig
@@ -713,16 +730,18 @@ def check_run(
 ):
     "Refuse what cannot be trained, before any work: names, photos, masks (which are read), timesteps, resolution, optimizer and schedule, prints on the way."
     resolution(cfg, pipe)
-    check_named(cfg, pipe.device)
+    check_named(dataclasses.replace(cfg, steps=cfg.steps or suited_steps(pipe)), pipe.device)
     check_photos(cfg, [p for c in concepts for p in c.photos])
     T = pipe.scheduler.config.num_train_timesteps
     for k, most in (('t_min', T - 1), ('t_max', T)):
         if getattr(cfg.loss, k) > most: raise BoothError(f"loss.{k}={getattr(cfg.loss, k)} lies beyond the schedule's {T} timesteps; lower it to {most} at most")
     will, are = [c.token for c in cfg.concepts] or [cfg.token], [c.token for c in concepts]
     if cfg.train.token and set(will) != set(are): raise BoothError(f"train.token would train {', '.join(will)}, but the photos are of {', '.join(are)}; say token={are[0]}")
+    check_weights(concepts)
     for c in concepts:
         check_name(pipe.tokenizer, c.token, c.class_noun)
         if cfg.data.masks and c.masks is None: c.masks = load_masks(cfg.data.masks, c.photos)
+        if c.masks: fitted_masks(pipe, training_views(pipe, c.photos, resolution(cfg, pipe), cfg.seed, DataOptions(cfg.fit, cfg.flip, **data_options(cfg))), c.masks)
     if cfg.prints.every:
         _check_prompts(pipe, [fill(o, concepts[0].subject) for o in cfg.prints.prompts])
         _check_steps(make_scheduler(pipe), cfg.prints.steps)
@@ -787,10 +806,11 @@ def _halved(pipe, cfg):
 
 def _accelerator(pipe, cfg, out):
     "An Accelerator; accelerate keeps the precision of the first one in a process, and a notebook may train in another next."
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != cfg.mixed_precision: AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=cfg.mixed_precision, cpu=pipe.device.type == 'cpu', log_with=cfg.trackers or None, project_dir=Path(out)/'logs' if out and cfg.trackers else None)
+    alone = DistributedDataParallelKwargs(broadcast_buffers=False)  # processes may differ in their number of forwards, one a shape; only the backward is shared
+    return Accelerator(mixed_precision=cfg.mixed_precision, cpu=pipe.device.type == 'cpu', log_with=cfg.trackers or None, project_dir=Path(out)/'logs' if out and cfg.trackers else None, kwargs_handlers=[alone])
 
 def _checkpointing(pipe):
     pipe.unet.enable_gradient_checkpointing()
@@ -964,11 +984,20 @@ def _older_names(file):
     save_file({_text_name(k): v for k, v in load_file(file).items()}, new, dict(format='pt'))
     new.replace(file)
 
+_OURS = r'README\.md|\d+\.png|model_index\.json|unet|vae|text_encoder|tokenizer|scheduler|feature_extractor|safety_checker|image_encoder|(pytorch_lora_weights|lora|model|embedding(-[\w-]+)?)\.safetensors'
+
+def _only_ours(folder, sign='.'):
+    "Refuse a folder with anything in it that no export writes, or without a file of this sign: an export takes the whole folder's place."
+    there = sorted(o.name for o in Path(folder).iterdir()) if Path(folder).is_dir() else []
+    odd = [o for o in there if not re.fullmatch(_OURS, o)] or there*(not any(re.search(sign, o) for o in there))
+    if odd: raise BoothError(f"{folder} holds {odd[0]} and is no earlier export, and an export would remove it; choose a new folder")
+
 def export_pipeline(
     pipe,   # a trained StableDiffusionPipeline; its LoRA matrices are merged
-    folder, # where to, whole or not at all
+    folder, # where to, whole or not at all; an earlier export there is replaced
 ):
     "Write a trained model as an ordinary diffusers folder, LoRA merged in."
+    _only_ours(folder, 'model_index')
     merge_lora(pipe)
     with quiet_transformers(), atomic_dir(folder) as tmp:
         pipe.save_pretrained(tmp, safe_serialization=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 from .core import BoothError, atomic_dir, atomic_write, load_json, nearest, resolve_model
-from .dreambooth import DreamBoothConfig, config_fields, export_pipeline, merge_lora, open_run, token_rows, _text_name
+from .dreambooth import DreamBoothConfig, config_fields, export_pipeline, merge_lora, open_run, token_rows, _only_ours, _text_name
 
 # %% ../nbs/16_exporting.ipynb #7271f588
 def lora_layers(
@@ -38,6 +38,7 @@ def export_lora(
     "Write the LoRA for diffusers: `pipe.load_lora_weights(folder)`."
     from diffusers import StableDiffusionPipeline
     layers = lora_layers(pipe)
+    _only_ours(folder, 'safetensors')
     keys = lambda part, name: {f'{name(k)}.lora_{x}.weight': w for k, ab in layers.get(part, {}).items() for x, w in zip('AB', ab)}
     with atomic_dir(folder) as tmp: StableDiffusionPipeline.save_lora_weights(tmp, keys('unet', str), keys('text_encoder', _text_name), safe_serialization=True)
 
@@ -156,18 +157,37 @@ def _recipe(cfg):
 def _numbers(report):
     "The metrics of a report.json, as a table."
     names = [k for k in ('subject_fidelity', 'prompt_fidelity', 'pres', 'div') if k in report]
-    rows = [f"| {k.replace('_', ' ')} | {report[k]['before']:.3f} | {report[k]['after']:.3f} |" for k in names]
+    said = lambda x: '–' if x is None else f'{x:.3f}'
+    rows = [f"| {k.replace('_', ' ')} | {said(report[k].get('before'))} | {said(report[k].get('after'))} |" for k in names]
     return '\n'.join(['| | before | after |', '|---|---|---|', *rows]) if rows else 'Not measured.'
 
 # %% ../nbs/16_exporting.ipynb #dc054221
 _USE = {
     'diffusers': "pipe = StableDiffusionPipeline.from_pretrained('{repo}')",
-    'lora': "pipe = StableDiffusionPipeline.from_pretrained('{base}')\npipe.load_lora_weights('{repo}')",
-    'kohya': "pipe = StableDiffusionPipeline.from_pretrained('{base}')\npipe.load_lora_weights('{repo}', weight_name='lora.safetensors')",
-    'single-file': "pipe = StableDiffusionPipeline.from_single_file('model.safetensors', config='{base}')",
-    'embedding': "pipe = StableDiffusionPipeline.from_pretrained('{base}')\npipe.load_textual_inversion('{repo}', weight_name='embedding.safetensors')  # then write <{token}>",
+    'lora': "{base}\npipe.load_lora_weights('{repo}')",
+    'kohya': "{base}\npipe.load_lora_weights('{repo}', weight_name='lora.safetensors')",
+    'single-file': "pipe = StableDiffusionPipeline.from_single_file('model.safetensors', config={config})",
+    'embedding': '{base}',
 }
 
+def _tokens(cfg): return [c.token for c in cfg.concepts] or [cfg.token]
+
+def _embeddings(cfg, format):
+    "Which token's embedding lies in which file of an export."
+    if not (format == 'embedding' or cfg.train.token and format in ('lora', 'kohya')): return {}
+    ts = _tokens(cfg)
+    return {t: 'embedding.safetensors' if len(ts) == 1 else 'embedding-' + re.sub(r'\W+', '-', t) + '.safetensors' for t in ts}
+
+def _use(cfg, format, repo, name):
+    "Code that reads an export and prints a picture."
+    base = f"pipe = StableDiffusionPipeline.from_pretrained('{cfg.model}')" if cfg.model else 'pipe = load_pipeline()'
+    lines = [_USE[format].format(repo=repo, base=base, config=repr(cfg.model) if cfg.model else "str(bundled('diffusion'))")]
+    lines += [f"pipe.load_textual_inversion('{repo}', weight_name='{f}')  # then write <{t}>" for t, f in _embeddings(cfg, format).items()]
+    ours, code = 'from blipbooth.{} import {}', '\n'.join([*lines, f"pipe('a {name}').images[0]"])
+    needs = {'StableDiffusionPipeline': 'from diffusers import StableDiffusionPipeline', 'load_pipeline()': ours.format('sampling', 'load_pipeline'), 'bundled(': ours.format('core', 'bundled')}
+    return '\n'.join([line for what, line in needs.items() if what in code] + [code])
+
+# %% ../nbs/16_exporting.ipynb #55277d93
 def model_card(
     cfg,           # DreamBoothConfig of the run
     format='diffusers', # what lies beside the card
@@ -178,13 +198,15 @@ def model_card(
 ):                 # huggingface_hub.ModelCard
     "A README with recipe, numbers, prints and licences."
     from huggingface_hub import ModelCard, ModelCardData
-    name, base = f'{cfg.token} {cfg.class_noun}', cfg.model or 'blipbooth (bundled)'
+    base, files = cfg.model or 'blipbooth (bundled)', _embeddings(cfg, format)
+    names = [f"{f'<{c.token}>' if files else c.token} {c.class_noun}" for c in cfg.concepts or [cfg]]
     licence, hub = license or licence_of(cfg.model), bool(re.fullmatch(r'[\w.-]+/[\w.-]+', cfg.model)) and not Path(cfg.model).exists()
     tags = ['text-to-image', 'stable-diffusion', 'diffusers', 'dreambooth', 'blipbooth'] + (['lora'] if format in ('lora', 'kohya') else [])
-    data = ModelCardData(license=licence, base_model=cfg.model if hub else None, library_name='diffusers', pipeline_tag='text-to-image', tags=tags, instance_prompt=f'a {name}')
-    use = 'from diffusers import StableDiffusionPipeline\n' + _USE[format].format(repo=repo, base=base, token=cfg.token) + f"\npipe('a {name}').images[0]"
+    data = ModelCardData(license=licence, base_model=cfg.model if hub else None, library_name='diffusers', pipeline_tag='text-to-image', tags=tags, instance_prompt=f'a {names[0]}')
+    what = f"{'One subject' if len(names) == 1 else f'{len(names)} subjects'}, learned with DreamBooth from a few photos by blipbooth. In a prompt it is called " + ', or '.join(f'`{o}`' for o in names) + '.'
+    beside = [f"The embedding of `<{t}>` lies in `{f}`; without it, `<{t}>` means nothing." for t, f in files.items()]
     pictures = '\n'.join(f'![{p}]({p})' for p in prints) or 'None.'
-    parts = [f'# {name}', f'One subject, learned with DreamBooth from a few photos by blipbooth. In a prompt it is called `{name}`.', f'```python\n{use}\n```',
+    parts = [f"# {', '.join(f'{c.token} {c.class_noun}' for c in cfg.concepts or [cfg])}", what, *beside, f'```python\n{_use(cfg, format, repo, names[0])}\n```',
              '## Prints', pictures, '## Numbers', _numbers(report or {}), '## Recipe', f'Trained from {base}. What is not listed is the default.', _recipe(cfg), '## Licences',
              f'The weights derive from {base} and are under its licence ({licence}). The photos remain their owner\'s; prints of a person or of a protected work need that owner\'s leave.']
     return ModelCard(f'---\n{data.to_yaml()}\n---\n\n' + '\n\n'.join(parts) + '\n')
@@ -192,27 +214,56 @@ def model_card(
 # %% ../nbs/16_exporting.ipynb #ecf49b64
 FORMATS = {'diffusers': '', 'lora': 'pytorch_lora_weights.safetensors', 'kohya': 'lora.safetensors', 'single-file': 'model.safetensors', 'embedding': 'embedding.safetensors'}
 
+def _check_folder(run, out):
+    "Refuse a folder with anything in it that no export wrote, for an export takes the whole folder's place."
+    run, out, fix = run.resolve(), out.resolve(), 'choose a new folder'
+    if out == run or out in run.parents: raise BoothError(f"{out} holds the run itself, which an export there would remove; {fix}")
+    _only_ours(out, 'README')
+    there = out.is_dir() and any(out.iterdir())
+    if there and not _is_export(out): raise BoothError(f"{out} holds files and no card of an earlier export, and an export would remove them; {fix}")
+    if run in out.parents and out.is_dir() and not there: raise BoothError(f"{out} is a folder of the run; {fix}")
+
+def _is_export(folder):
+    "Whether a folder has a model card of ours."
+    f = folder/'README.md'
+    return f.is_file() and '\n- blipbooth\n' in f.read_text(encoding='utf-8', errors='replace').replace('\r', '')
+
+def _check_format(cfg, run, format):
+    "Refuse a format that would leave out what a run has trained."
+    full, lora = ([k for k in ('unet', 'text_encoder') if getattr(cfg.train, k) == how] for how in ('full', 'lora'))
+    if format not in FORMATS: raise BoothError(f"no format {format!r}; it is {', '.join(FORMATS)}" + (f" (did you mean {nearest(format, FORMATS)}?)" if nearest(format, FORMATS) else ''))
+    if format == 'embedding' and not (cfg.train.token or cfg.train.text_encoder == 'full'): raise BoothError(f"{run} has not trained the token: train.token is false; export it as {'lora' if lora and not full else 'diffusers'}")
+    if format not in ('lora', 'kohya'): return
+    if full: raise BoothError(f"{run} has trained the {' and the '.join(full)} in full, for which {format} has no place; export it as diffusers, which holds everything")
+    if not lora: raise BoothError(f"{run} has trained its token alone and no LoRA; export it as embedding")
+
+# %% ../nbs/16_exporting.ipynb #9fa5fe6f
 def _write(pipe, cfg, format, folder):
     if format == 'diffusers': export_pipeline(pipe, folder)
     elif format == 'lora': export_lora(pipe, folder)
-    elif format == 'kohya': export_kohya(pipe, folder/FORMATS[format], f'{cfg.token}-{cfg.class_noun}')
+    elif format == 'kohya': export_kohya(pipe, folder/FORMATS[format], '-'.join(f'{c.token}-{c.class_noun}' for c in cfg.concepts or [cfg]))
     elif format == 'single-file': export_single_file(pipe, folder/FORMATS[format])
-    else: export_embedding(pipe, cfg.token, folder/FORMATS[format])
+    for token, f in _embeddings(cfg, format).items(): export_embedding(pipe, token, folder/f)
+
+def _pictures(run):
+    "A run's prints, or else the newest of those drawn on the way."
+    steps = sorted((run/'samples').glob('step-*'), key=lambda d: (len(d.name), d.name))
+    return next((found[:8] for d in [run/'samples', *steps[::-1]] if (found := sorted(d.glob('*.png')))), [])
 
 def export_run(
     run,               # run folder
-    out,               # folder to write
+    out,               # folder to write; an earlier export there is replaced
     format='diffusers',# diffusers, lora, kohya, single-file or embedding
     license=None,      # of the card; None: that of the model that was trained
     repo=None,         # where it will be found; None: the folder's name
     checkpoint=None,   # which; None: the best or the last
 ):
     "Write what a run has learned, with a model card."
-    if format not in FORMATS: raise BoothError(f"no format {format!r}; it is {', '.join(FORMATS)}" + (f" (did you mean {nearest(format, FORMATS)}?)" if nearest(format, FORMATS) else ''))
-    run, out = Path(run), Path(out)
+    run, out = Path(run), Path(out).expanduser()
+    if (run/'config.yaml').is_file(): _check_format(DreamBoothConfig.load(run/'config.yaml'), run, format)
+    _check_folder(run, out)
     pipe, cfg = open_run(run, checkpoint)
-    if format == 'embedding' and not (cfg.train.token or cfg.train.text_encoder == 'full'): raise BoothError(f"{run} has not trained the token: train.token is false; export it as {'lora' if 'lora' in (cfg.train.unet, cfg.train.text_encoder) else 'diffusers'}")
-    pictures = sorted((run/'samples').glob('*.png'))[:8]
+    pictures = _pictures(run)
     with atomic_dir(out) as tmp:
         _write(pipe, cfg, format, tmp)
         for p in pictures: shutil.copy(p, tmp/p.name)

@@ -97,11 +97,23 @@ def test_accumulated(four, tmp_path):
     assert alike(tmp_path/'run', four)
 
 
+LAUNCH = 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1', '--main_process_port', '0', '-m'  # with ACCELERATE_USE_CPU: two CPU processes
+
+
 def test_two_processes(four, tmp_path):
     "accelerate launch on two real processes, two photos each."
-    launch = 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1', '--main_process_port', '0', '-m'  # with ACCELERATE_USE_CPU: two CPU processes
-    run(said(tmp_path/'run', *STEPS, 'batch_size=2'), tmp_path, launch)
+    run(said(tmp_path/'run', *STEPS, 'batch_size=2'), tmp_path, LAUNCH)
     assert alike(tmp_path/'run', four)
+
+
+def test_two_processes_with_buckets(tmp_path):
+    "Photos of several shapes: the processes differ in how many forwards they take, and the step is still that of one process."
+    (tmp_path/'shapes').mkdir()
+    for i, size in enumerate([(64, 64), (96, 48), (48, 96), (64, 64)]): Image.open(subject_photos('fox')/f'{i}.png').convert('RGB').resize(size).save(tmp_path/'shapes'/f'{i}.png')
+    keys = *STEPS, f'photos={tmp_path/"shapes"}', 'prior.weight=0', 'captions=template', 'data.buckets=true'
+    run([*said(tmp_path/'one'), *keys, 'batch_size=4'], tmp_path)
+    run([*said(tmp_path/'two'), *keys, 'batch_size=2'], tmp_path, LAUNCH)
+    assert alike(tmp_path/'two', tmp_path/'one')
 
 
 NOTEBOOK = '''
