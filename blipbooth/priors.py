@@ -140,29 +140,52 @@ def _looks(matcher, images, class_noun):
 
 # %% ../nbs/09_priors.ipynb #05af4dc8
 _fields = 'index', 'prompt', 'kept', 'why', 'file', 'hash'
+_kinds = {'no whole number': dict(index=int), 'no text': dict.fromkeys(('prompt', 'file', 'hash'), str), 'neither true nor false': dict(kept=bool),
+          'neither text nor null': dict.fromkeys(('why', 'vector'), (str, type(None))), 'neither a number nor null': dict(score=(float, int, type(None)))}
 
 def _whole(records, fields, path, folder):
     "The records of a file, if each has its fields."
     for i, r in enumerate(records, 1):
         lacks = [k for k in fields if not isinstance(r, dict) or k not in r]
         if lacks: raise BoothError(f"{path}, line {i}, has no {lacks[0]}; remove {folder} and make the priors again")
-        if not isinstance(r.get('file', ''), str): raise BoothError(f"{path}, line {i}, names the file {r['file']!r}, which is no text; remove {folder} and make the priors again")
+        odd = [(k, what) for what, kinds in _kinds.items() for k, kind in kinds.items() if k in r and (not isinstance(r[k], kind) or isinstance(r[k], bool) != (kind is bool))]
+        if odd: raise BoothError(f"{path}, line {i}, has the {odd[0][0]} {r[odd[0][0]]!r}, which is {odd[0][1]}; remove {folder} and make the priors again")
     return records
 
 def _manifest(folder):
     "The records of a folder's manifest; [] where there is none."
-    path = folder/'manifest.jsonl'
-    if path.exists() and not path.read_bytes().endswith(b'\n'): raise BoothError(f"{path} is cut off; remove {folder} and make the priors again")
-    return read_jsonl(path)
+    path, again = folder/'manifest.jsonl', f'remove {folder} and make the priors again'
+    if not path.exists(): return []
+    if not path.is_file(): raise BoothError(f"{path} is no file; {again}")
+    said = _counts(folder) # before the manifest, which grows first
+    if not path.read_bytes().endswith(b'\n'): raise BoothError(f"{path} is cut off; {again}")
+    records = _whole(read_jsonl(path), _fields, path, folder)
+    for i, r in enumerate(records):
+        if r['index'] != i: raise BoothError(f"{path}, line {i+1}, has the index {r['index']}, not {i}; {again}")
+    for k, has in dict(tries=len(records), kept=sum(r['kept'] for r in records)).items():
+        if isinstance(said.get(k), int) and has < said[k]: raise BoothError(f"{path} lists {has} {k}, and summary.json {said[k]}; {again}")
+    return records
+
+def _counts(folder):
+    "What a folder's summary says; {} where there is none."
+    said = load_json(folder/'summary.json') if (folder/'summary.json').is_file() else {}
+    return said if isinstance(said, dict) else {}
+
+def _drawn_at(f):
+    "The prompt in a picture's own recipe; None where it has none."
+    try:
+        with Image.open(f) as image: return json.loads(image.info['blipbooth'])['prompt']
+    except (OSError, KeyError, TypeError, ValueError): return None
 
 def _checked(folder, records):
     "The set, if its files are what the records say."
-    for r in _whole(records, _fields, folder/'manifest.jsonl', folder):
+    for r in records:
         if not r['kept']: continue
         f = folder/r['file']
         if not f.resolve().is_relative_to(folder.resolve()): raise BoothError(f"{folder/'manifest.jsonl'} lists {r['file']}, which is outside of its folder; remove {folder} and make the priors again")
         if not f.exists(): raise BoothError(f"class image {f} is missing, though its manifest lists it; remove {folder} and make the priors again")
         if file_hash(f) != r['hash']: raise BoothError(f"class image {f} is not the one its manifest describes; remove {folder} and make the priors again")
+        if r.get('seed') is not None and _drawn_at(f) not in (None, r['prompt']): raise BoothError(f"class image {f} was drawn at {_drawn_at(f)!r}, and its manifest says {r['prompt']!r}; remove {folder} and make the priors again")
     return Priors(folder, records)
 
 # %% ../nbs/09_priors.ipynb #3d302466
