@@ -219,7 +219,7 @@ def sample(
     given = dict(n=n, steps=steps, guidance=guidance, how=how, schedule=schedule, negative=negative, seed=seed, scheduler=scheduler, strength=strength, long=long, size=size, interval=interval, rescale=rescale, tiling=tiling)
     if like: recipe = _again(like, prompt, given, init, mask)
     elif not prompt: raise BoothError('0 prompts; give at least one, such as "a fox on a red background", or a print with --like')
-    pipe, subject = _printer(run, model)
+    pipe, subject = _printer(run, model, recipe.get('precision') if like else None)
     if not like:
         recipe = {k: v for k, v in given.items() if k not in ('how', 'schedule')}
         recipe.update(prompt=list(prompt), guidance=Guidance(suited_guidance(pipe) if guidance is None else guidance, how, schedule), interval=_span(interval), init=init, mask=mask, subject=subject, tiling=tiling or None)
@@ -240,13 +240,13 @@ def _span(interval):
     except ValueError: raise BoothError(f"--interval {interval} is no share of the way; give two numbers from 0 to 1, such as 0.2,0.6") from None
     return (a, b) if interval else None
 
-def _printer(run, model):
+def _printer(run, model, precision=None):
     "The model of a run with its subject's name, or another model and None."
     from blipbooth.dreambooth import open_run
-    from blipbooth.sampling import load_pipeline
-    if not run: return load_pipeline(model), None
+    from blipbooth.sampling import load_pipeline, _in_precision
+    if not run: return _in_precision(load_pipeline(model), precision), None
     pipe, cfg = open_run(run)
-    return pipe, f'{cfg.token} {cfg.class_noun}'
+    return _in_precision(pipe, precision), f'{cfg.token} {cfg.class_noun}'
 
 def _again(like, prompt, given, init, mask):
     "The arguments that make a print again; refuses what would make another one."
