@@ -125,7 +125,7 @@ _usual = dict(clip_sample=False, skip_prk_steps=True) # for latents, where the p
 
 def _named(name):
     "A scheduler's name as `schedulers()` has it, from any way to write it; what is no such name stays."
-    plain = lambda o: re.sub('[^a-z0-9]', '', o.lower())
+    plain = lambda o: re.sub('[^a-z0-9+]', '', o.lower())
     return {**{plain(o): o for o in _schedulers}, 'plms': 'pndm'}.get(plain(name), name) if isinstance(name, str) else name
 
 def schedulers()->list: # names for `scheduler=`
@@ -459,7 +459,8 @@ def decode(
 
 def _overflow(dtype):
     dtype = str(dtype).removeprefix('torch.')
-    return BoothError(f"a print has pixels that are no numbers, computed in {dtype}; print with dtype='{'bfloat16' if dtype == 'float16' else 'float32'}' or with less guidance, and if that is no help get the model again")
+    mend = "the guidance may be too large (up to 20 is usual): print with less" if dtype == 'float32' else f"load the model with dtype '{'bfloat16' if dtype == 'float16' else 'float32'}' or print with less guidance"
+    return BoothError(f"a print has pixels that are no numbers, computed in {dtype}; {mend}, and if that is no help get the model again")
 
 # %% ../nbs/08_sampling.ipynb #7cf7186c
 def _each(x, prompts, name):
@@ -567,8 +568,14 @@ def _known(pipe, jobs, size):
 
 def _mask(photo, size, shape):
     "A mask for latents (1, 1, h, w): 1 where to print."
-    x = to_tensor([fit(photo, size).convert('L')])[:, :1]
+    binary = max(most for _, most in photo.image.getextrema()) == 1 # 0 and 1 in whole numbers
+    x = to_tensor([fit(photo.image.point(lambda v: 255*v) if binary else photo, size).convert('L')])[:, :1]
     return torch.nn.functional.interpolate((x >= 0).float(), size=tuple(shape))
+
+def _check_masks(pipe, jobs, size):
+    "Refuse masks that leave nothing to print."
+    for o in {id(j.mask): j.mask for j in jobs if j.mask is not None}.values():
+        if not _mask(o, size, _latent_shape(pipe, size)[1:]).any(): raise BoothError(f"the mask{f' {o.path}' if o.path else ''} is black all over at {size[0]} × {size[1]}, so nothing would be printed; make white what is to be printed")
 
 # %% ../nbs/08_sampling.ipynb #70117652
 @contextmanager
@@ -612,13 +619,13 @@ def _guidance_input(pipe, doses):
     return dict(timestep_cond=embedded.to(pipe._execution_device, pipe.unet.dtype))
 
 # %% ../nbs/08_sampling.ipynb #bd3db27e
-def _texts(pipe, jobs, long, restore_mean):
+def _texts(pipe, jobs, long, restore_mean, batch=64):
     "Embeddings of all texts of all jobs, by text and number of pieces; and the number of each job."
     count = {o: _chunk_count(pipe, o) if long else 1 for job in jobs for o in (job.prompt, job.negative)}
     pieces = [max(count[o.prompt], count[o.negative]) for o in jobs]
     wanted = {k: list(dict.fromkeys(t for o, p in zip(jobs, pieces) if p == k for t in (o.prompt, o.negative, ''))) for k in set(pieces)}
     embeds = {(t, k): e for k, texts in wanted.items()
-              for t, e in zip(texts, encode_prompts(pipe, texts, long=long, chunks=k, restore_mean=restore_mean))}
+              for t, e in zip(texts, encode_prompts(pipe, texts, batch, long=long, chunks=k, restore_mean=restore_mean))}
     return embeds, pieces
 
 def _halves(pipe, jobs, embeds, k, guidance, where):
@@ -643,18 +650,25 @@ def _print_batch(pipe, jobs, embeds, k, size, guidance, return_latents, **kwargs
 
 # %% ../nbs/08_sampling.ipynb #17bc32b8
 def _out_of_memory(e):
-    return isinstance(e, torch.OutOfMemoryError) or any(o in str(e) for o in ('out of memory', "can't allocate memory", 'ALLOC_FAILED'))
+    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or any(o in str(e) for o in ('out of memory', 'not enough memory', "can't allocate memory", 'ALLOC_FAILED'))
 
 def _tried(f):
     "What `f()` returns, or None where the memory was too small for it."
     try: return f()
-    except RuntimeError as e:
+    except (MemoryError, RuntimeError) as e:
         if not _out_of_memory(e): raise
     if torch.cuda.is_available(): torch.cuda.empty_cache()
 
+def _tried_texts(*args, batch=64):
+    "`_texts`, with fewer readings at a time where the memory is too small."
+    while (made := _tried(lambda: _texts(*args, batch=batch))) is None:
+        if batch == 1: raise BoothError("out of memory while reading one prompt; free some, or load the model on the CPU or in half precision (load_pipeline with device 'cpu' or dtype 'float16')")
+        batch //= 2
+    return made
+
 def _halve(jobs, todo):
     "Batches of half the size; says so."
-    if len(jobs) == 1: raise BoothError("out of memory with one image at a time; print it smaller with size=, in half precision (dtype='float16'), or decode it in tiles (tune(pipe, tiling=True))")
+    if len(jobs) == 1: raise BoothError("out of memory with one image at a time; print it smaller with size=, decode it in tiles with tiling=True, or load the model in half precision (load_pipeline with dtype 'float16')")
     half = len(jobs)//2
     print(f"blipbooth: out of memory with {len(jobs)} images at a time; going on with {half}", file=sys.stderr)
     return [(o, k) for more, k in ((jobs, todo[0][1]), *todo[1:]) for o in _cut(more, half)]
@@ -669,7 +683,7 @@ def _print(pipe, jobs, batch, callback, long, restore_mean, steps_each, **kwargs
         if callback: callback(len(done)*of + step, bar.total, latents)
     tick.clean = getattr(callback, 'clean', False)
     with bar, _inference(pipe), quick(pipe.unet, pipe.vae):
-        embeds, pieces = _texts(pipe, jobs, long, restore_mean)
+        embeds, pieces = _tried_texts(pipe, jobs, long, restore_mean)
         todo = [(o, k) for k, same in itertools.groupby(zip(jobs, pieces), key=lambda o: o[1]) for o in _cut([j for j, _ in same], batch)]
         bar.total = steps_each*len(todo)
         while todo:
@@ -711,7 +725,7 @@ def _glance(named):
 def _recipe(job, guidance, scheduler, **shared):
     "What a print was made from, as plain values; `sample(pipe, **recipe)` makes it again."
     changes = {**guidance.changes(), 'g': job.g}
-    if hasattr(scheduler, 'config'): scheduler = dict(scheduler.config)
+    if hasattr(scheduler, 'config'): scheduler = {**scheduler.config, '_class_name': type(scheduler).__name__}
     pictures = {k: dict(hash=v.hash) for k, v in (('init', job.init), ('mask', job.mask)) if v is not None}
     return dict(prompt=job.prompt, negative=job.negative, seed=int(job.seed), index=int(job.index), guidance=changes['g'] if len(changes) == 1 else changes,
         scheduler=scheduler, **pictures, **{k: v for k, v in shared.items() if v not in (None, False)})
@@ -805,6 +819,7 @@ def sample(
     jobs = _jobs(pipe, prompt, negative, subject, seed, n, index, guidance, init, mask, long)
     size, own = _check_size(pipe, size), _own_scheduler(pipe, scheduler)
     each = _check_steps(own, steps, strength)
+    _check_masks(pipe, jobs, size)
     if model or precision or not return_latents: model = _check_model(pipe, model, precision)
     with _tiled(pipe.vae, tiling) as tiling: prints = _print(pipe, jobs, batch or _batch_size(pipe, size), callback, long, restore_mean, each, return_latents=return_latents,
         size=size, guidance=guidance, scheduler=own, steps=steps, strength=strength or 1.)
