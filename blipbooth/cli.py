@@ -6,7 +6,7 @@
 __all__ = ['VERBS', 'demo', 'caption', 'match', 'priors', 'train', 'evaluate', 'sample', 'export', 'doctor', 'parser', 'main']
 
 # %% ../nbs/22_cli.ipynb #0514ca55
-import argparse, inspect, itertools, os, sys, warnings
+import argparse, inspect, itertools, os, re, sys, warnings
 from contextlib import contextmanager
 from fastcore.docments import docments
 
@@ -219,7 +219,8 @@ def sample(
     given = dict(n=n, steps=steps, guidance=guidance, how=how, schedule=schedule, negative=negative, seed=seed, scheduler=scheduler, strength=strength, long=long, size=size, interval=interval, rescale=rescale, tiling=tiling)
     if like: recipe = _again(like, prompt, given, init, mask)
     elif not prompt: raise BoothError('0 prompts; give at least one, such as "a fox on a red background", or a print with --like')
-    pipe, subject = _printer(run, model)
+    elif not run and (open_place := next((o for o in prompt if '{subject}' in o), None)): raise BoothError(f"the prompt {open_place!r} has a place for a subject; name the run that learned it with --run, or write the subject in its place")
+    pipe, subject = _printer(run, model, recipe.get('precision') if like else None)
     if not like:
         recipe = {k: v for k, v in given.items() if k not in ('how', 'schedule')}
         recipe.update(prompt=list(prompt), guidance=Guidance(suited_guidance(pipe) if guidance is None else guidance, how, schedule), interval=_span(interval), init=init, mask=mask, subject=subject, tiling=tiling or None)
@@ -240,13 +241,13 @@ def _span(interval):
     except ValueError: raise BoothError(f"--interval {interval} is no share of the way; give two numbers from 0 to 1, such as 0.2,0.6") from None
     return (a, b) if interval else None
 
-def _printer(run, model):
+def _printer(run, model, precision=None):
     "The model of a run with its subject's name, or another model and None."
     from blipbooth.dreambooth import open_run
-    from blipbooth.sampling import load_pipeline
-    if not run: return load_pipeline(model), None
+    from blipbooth.sampling import load_pipeline, _in_precision
+    if not run: return _in_precision(load_pipeline(model), precision), None
     pipe, cfg = open_run(run)
-    return pipe, f'{cfg.token} {cfg.class_noun}'
+    return _in_precision(pipe, precision), f'{cfg.token} {cfg.class_noun}'
 
 def _again(like, prompt, given, init, mask):
     "The arguments that make a print again; refuses what would make another one."
@@ -342,6 +343,15 @@ def _call(f, argv):
     first = [a[k] for k, p in kinds.items() if p.kind == p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
     f(*first, *rest, **{k: v for k, v in a.items() if kinds[k].kind != inspect.Parameter.VAR_POSITIONAL and kinds[k].default is not inspect.Parameter.empty})
 
+def _as_options(message, f):
+    "A message with the options of a verb where it names arguments of Python: --long for long=True, --init for init=."
+    kinds = {k: p.annotation for k, p in inspect.signature(f).parameters.items() if p.default is not p.empty}
+    def option(m):
+        name, value = m[1], m[2] or ''
+        if name not in kinds or (kinds[name] is bool and value == 'False'): return m[0]
+        return f"--{name.replace('_', '-')}{f' {value}' if value and kinds[name] is not bool else ''}"
+    return re.sub(r"(?<!\w)'[^']*'|(?<![\w.'-])([a-z_]+)=('[^']*'|[\w.]+\b)?(?!=)", option, message)
+
 @contextmanager
 def _plain_warnings():
     "Warnings in one line, without the code that gives them."
@@ -366,7 +376,7 @@ def main(
             raise BoothError(f"no verb {argv[0]!r}" + (f"; did you mean {near!r}?" if near else f"; the verbs are {', '.join(verbs)}"))
         with _plain_warnings(): _call(verbs[argv[0]], argv[1:])
     except BoothError as e:
-        print(f'blipbooth: {e}', file=sys.stderr)
+        print(f'blipbooth: {_as_options(str(e), verbs[argv[0]]) if argv[0] in verbs else e}', file=sys.stderr)
         raise SystemExit(2)
     except BrokenPipeError:                                   # nobody reads on, as behind `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

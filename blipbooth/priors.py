@@ -7,19 +7,20 @@ __all__ = ['Priors', 'article', 'place', 'class_prompts', 'decide', 'load_priors
            'prior_prediction']
 
 # %% ../nbs/09_priors.ipynb #eb64ba7b
-import base64, itertools, json, math, os, time
+import base64, itertools, json, math, os, re, time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
+from PIL import Image
 from .core import (BoothError, append_jsonl, atomic_write, file_hash, generator, load_json, out_dir, progress, randn, read_jsonl, save_json,
     stateless_seed, weights_hash)
 from .diffusion import Guidance, add_noise, alpha_sigma, answer_for, predict_x0, _check_name, _within
-from .images import load_image, load_images, show_grid, to_tensor
+from .images import load_image, load_images, show_grid, to_tensor, _suffixes
 from .sampling import (_check_pipe, _check_prompts, _check_size, _check_steps, _check_whole, _guidance, _inference, _own_scheduler, _token_limit, encode_prompts, fill,
-    fingerprint, sample, save_print)
+    fingerprint, load_pipeline, sample, save_print)
 
 # %% ../nbs/09_priors.ipynb #585506f7
 @dataclass(repr=False)
@@ -139,29 +140,52 @@ def _looks(matcher, images, class_noun):
 
 # %% ../nbs/09_priors.ipynb #05af4dc8
 _fields = 'index', 'prompt', 'kept', 'why', 'file', 'hash'
+_kinds = {'no whole number': dict(index=int), 'no text': dict.fromkeys(('prompt', 'file', 'hash'), str), 'neither true nor false': dict(kept=bool),
+          'neither text nor null': dict.fromkeys(('why', 'vector'), (str, type(None))), 'neither a number nor null': dict(score=(float, int, type(None)))}
 
 def _whole(records, fields, path, folder):
     "The records of a file, if each has its fields."
     for i, r in enumerate(records, 1):
         lacks = [k for k in fields if not isinstance(r, dict) or k not in r]
         if lacks: raise BoothError(f"{path}, line {i}, has no {lacks[0]}; remove {folder} and make the priors again")
-        if not isinstance(r.get('file', ''), str): raise BoothError(f"{path}, line {i}, names the file {r['file']!r}, which is no text; remove {folder} and make the priors again")
+        odd = [(k, what) for what, kinds in _kinds.items() for k, kind in kinds.items() if k in r and (not isinstance(r[k], kind) or isinstance(r[k], bool) != (kind is bool))]
+        if odd: raise BoothError(f"{path}, line {i}, has the {odd[0][0]} {r[odd[0][0]]!r}, which is {odd[0][1]}; remove {folder} and make the priors again")
     return records
 
 def _manifest(folder):
     "The records of a folder's manifest; [] where there is none."
-    path = folder/'manifest.jsonl'
-    if path.exists() and not path.read_bytes().endswith(b'\n'): raise BoothError(f"{path} is cut off; remove {folder} and make the priors again")
-    return read_jsonl(path)
+    path, again = folder/'manifest.jsonl', f'remove {folder} and make the priors again'
+    if not path.exists(): return []
+    if not path.is_file(): raise BoothError(f"{path} is no file; {again}")
+    said = _counts(folder) # before the manifest, which grows first
+    if not path.read_bytes().endswith(b'\n'): raise BoothError(f"{path} is cut off; {again}")
+    records = _whole(read_jsonl(path), _fields, path, folder)
+    for i, r in enumerate(records):
+        if r['index'] != i: raise BoothError(f"{path}, line {i+1}, has the index {r['index']}, not {i}; {again}")
+    for k, has in dict(tries=len(records), kept=sum(r['kept'] for r in records)).items():
+        if isinstance(said.get(k), int) and has < said[k]: raise BoothError(f"{path} lists {has} {k}, and summary.json {said[k]}; {again}")
+    return records
+
+def _counts(folder):
+    "What a folder's summary says; {} where there is none."
+    said = load_json(folder/'summary.json') if (folder/'summary.json').is_file() else {}
+    return said if isinstance(said, dict) else {}
+
+def _drawn_at(f):
+    "The prompt in a picture's own recipe; None where it has none."
+    try:
+        with Image.open(f) as image: return json.loads(image.info['blipbooth'])['prompt']
+    except (OSError, KeyError, TypeError, ValueError): return None
 
 def _checked(folder, records):
     "The set, if its files are what the records say."
-    for r in _whole(records, _fields, folder/'manifest.jsonl', folder):
+    for r in records:
         if not r['kept']: continue
         f = folder/r['file']
         if not f.resolve().is_relative_to(folder.resolve()): raise BoothError(f"{folder/'manifest.jsonl'} lists {r['file']}, which is outside of its folder; remove {folder} and make the priors again")
         if not f.exists(): raise BoothError(f"class image {f} is missing, though its manifest lists it; remove {folder} and make the priors again")
         if file_hash(f) != r['hash']: raise BoothError(f"class image {f} is not the one its manifest describes; remove {folder} and make the priors again")
+        if r.get('seed') is not None and _drawn_at(f) not in (None, r['prompt']): raise BoothError(f"class image {f} was drawn at {_drawn_at(f)!r}, and its manifest says {r['prompt']!r}; remove {folder} and make the priors again")
     return Priors(folder, records)
 
 # %% ../nbs/09_priors.ipynb #3d302466
@@ -174,7 +198,7 @@ def load_priors(
 ) -> Priors:
     "Read class images back, checked against their manifest."
     _check_choice(threshold, dedupe)
-    folder = Path(folder).expanduser()
+    folder = Path(_path('folder', folder)).expanduser()
     if not folder.is_dir(): raise BoothError(f"there is no folder of class images {folder}; check the path")
     records = _manifest(folder)
     if not records and (folder/'settings.json').exists(): raise BoothError(f"the class images in {folder} are not finished; make them again with the same settings, and they go on")
@@ -187,10 +211,12 @@ def _settings(pipe, class_noun, seed, prompts, matcher, choice, how):
     plain = lambda x: x.changes() if isinstance(x, Guidance) else dict(x.config) if hasattr(x, 'config') else str(x)
     return json.loads(json.dumps(dict(model=fingerprint(pipe), class_noun=class_noun, seed=seed, prompts=prompts, matcher=judge, **how), default=plain))
 
+def _safe(noun): return re.sub(r'[\x00-\x1f /\\:*?"<>|]', '-', noun).lstrip('.')[:80] # as part of a folder's name
+
 def _cache(settings):
     "The folder that the cache keeps for some settings."
     root = Path(os.environ.get('BLIPBOOTH_CACHE') or '~/.cache/blipbooth').expanduser()
-    return root/'priors'/f"{settings['class_noun'].replace(' ', '-')}-{file_hash(json.dumps(settings, sort_keys=True).encode())}"
+    return root/'priors'/f"{_safe(settings['class_noun'])}-{file_hash(json.dumps(settings, sort_keys=True).encode())}"
 
 def _differ(a, b):
     "The names of the settings that are not equal; of a judge, its parts."
@@ -199,9 +225,10 @@ def _differ(a, b):
 
 def _owned(folder, settings):
     "The folder, which these settings own from now on."
-    f = folder/'settings.json'
+    f, others = folder/'settings.json', sorted(o for o in (*folder.glob('*'), *folder.glob('tries/*')) if o.suffix.lower() in _suffixes)
     if not f.exists():
         if (folder/'manifest.jsonl').exists(): raise BoothError(f"{folder} holds class images without their settings; use them with load_priors, or choose another folder")
+        if others: raise BoothError(f"{folder} holds pictures from elsewhere ({others[0].name}), which class images could write over; use them with load_priors, or choose another folder")
         save_json(f, settings)
     old = load_json(f)
     if not isinstance(old, dict): raise BoothError(f"{f} does not hold settings; remove {folder} and make the priors again")
@@ -276,7 +303,7 @@ def finish(self:_Work, records):
 
 # %% ../nbs/09_priors.ipynb #26949710
 def make_priors(
-    pipe,                # the untouched StableDiffusionPipeline
+    pipe,                # the untouched StableDiffusionPipeline, or its folder
     class_noun:str,      # what the subject is
     n:int,               # how many to keep
     out=None,            # folder; None: one of the cache's
@@ -295,13 +322,13 @@ def make_priors(
     "Draw class images, keep the good ones, log them all; an interrupted call goes on."
     if matcher is not None and not hasattr(matcher, 'match'): raise BoothError(f"matcher is {matcher!r}; give a Matcher, such as Matcher.from_pretrained()")
     if candidates != 1 and matcher is None: raise BoothError(f"candidates is {candidates} without a matcher to compare them; give one, such as Matcher.from_pretrained()")
-    plain = class_prompts(class_noun)
+    plain, pipe = class_prompts(class_noun), load_pipeline(pipe) if isinstance(pipe, (str, Path)) else pipe
     prompts = _as_list(plain if prompts is None else prompts)
     how = dict(how, steps=steps, guidance=guidance)
     _check(pipe, n, seed, prompts, threshold, dedupe, batch, tries, candidates, how)
     choice = dict(threshold=threshold if matcher else None, dedupe=dedupe, candidates=candidates)
     settings = _settings(pipe, class_noun, seed, prompts, matcher, choice, how)
-    work = _Work(_owned(out_dir(out or _cache(settings)), settings), n, tries*n//candidates*candidates if matcher else n, batch, candidates)
+    work = _Work(_owned(out_dir(_path('out', out) if out else _cache(settings)), settings), n, tries*n//candidates*candidates if matcher else n, batch, candidates)
     if done := work.done(): return done
     out_dir(work.tries)
     with progress(total=n, desc='class images') as bar:
@@ -338,6 +365,10 @@ def _check(pipe, n, seed, prompts, threshold, dedupe, batch, tries, candidates, 
     if isinstance(g, (list, tuple)): raise BoothError(f"guidance is {g}; give one number for all class images")
     _check_steps(_own_scheduler(pipe, how.get('scheduler')), how['steps'])
     _check_size(pipe, how.get('size'))
+
+def _path(name, x):
+    if isinstance(x, (str, os.PathLike)): return x
+    raise BoothError(f"{name} is {x!r}; give a folder's path")
 
 def _as_list(prompts):
     if not isinstance(prompts, str) and not hasattr(prompts, '__iter__'): raise BoothError(f"prompts is {prompts!r}; give a list of prompts")

@@ -123,6 +123,11 @@ _schedulers = {
 
 _usual = dict(clip_sample=False, skip_prk_steps=True) # for latents, where the pipeline's own settings say nothing
 
+def _named(name):
+    "A scheduler's name as `schedulers()` has it, from any way to write it; what is no such name stays."
+    plain = lambda o: re.sub('[^a-z0-9+]', '', o.lower())
+    return {**{plain(o): o for o in _schedulers}, 'plms': 'pndm'}.get(plain(name), name) if isinstance(name, str) else name
+
 def schedulers()->list: # names for `scheduler=`
     "The schedulers that can be asked for by name."
     return list(_schedulers)
@@ -133,7 +138,7 @@ def make_scheduler(
     name=None, # one of `schedulers()`, a diffusers scheduler, or None for the pipeline's own kind
 ): # a fresh diffusers scheduler
     "A scheduler of its own for one printing; the pipeline's stays untouched."
-    if name is None: name = pipe.scheduler
+    name = pipe.scheduler if name is None else _named(name)
     if hasattr(name, 'config') and not isinstance(name, type): return type(name).from_config(name.config)
     if not isinstance(name, str) or name not in _schedulers:
         near = nearest(str(name).lower(), _schedulers)
@@ -454,11 +459,13 @@ def decode(
 
 def _overflow(dtype):
     dtype = str(dtype).removeprefix('torch.')
-    return BoothError(f"a print has pixels that are no numbers, computed in {dtype}; print with dtype='{'bfloat16' if dtype == 'float16' else 'float32'}' or with less guidance, and if that is no help get the model again")
+    mend = "the guidance may be too large (up to 20 is usual): print with less" if dtype == 'float32' else f"load the model with dtype '{'bfloat16' if dtype == 'float16' else 'float32'}' or print with less guidance"
+    return BoothError(f"a print has pixels that are no numbers, computed in {dtype}; {mend}, and if that is no help get the model again")
 
 # %% ../nbs/08_sampling.ipynb #7cf7186c
 def _each(x, prompts, name):
     "One value for each prompt, from one value or a list of them."
+    if hasattr(x, 'tolist'): x = x.tolist()
     if isinstance(x, str) or not hasattr(x, '__len__'): return [x]*len(prompts)
     x = list(x)
     if len(x) != len(prompts): raise BoothError(f"{len(x)} values in {name} for {len(prompts)} prompts; give one, or one for each")
@@ -505,10 +512,12 @@ def _check_size(pipe, size):
 
 def _check_steps(scheduler, steps, strength=None):
     "How many stops the scheduler makes of `steps`, or of the share of them that `strength` leaves."
-    limit = scheduler.config.num_train_timesteps
+    limit = scheduler.config.get('num_train_timesteps', 1000)
     if few := type(scheduler).__name__ == 'LCMScheduler': limit = min(limit, scheduler.config.original_inference_steps)
     if not isinstance(steps, numbers.Integral) or not 1 <= steps <= limit: raise BoothError(f"steps is {steps}; {type(scheduler).__name__} takes 1 to {limit}, {'4 to 8' if few else '20 to 50'} is usual")
-    scheduler.set_timesteps(steps)
+    try: scheduler.set_timesteps(steps)
+    except (KeyError, TypeError, ValueError) as e: raise BoothError(f"steps is {steps}, and {type(scheduler).__name__} with its settings makes no way of that ({str(e)[:120]}); take more steps, or another scheduler") from e
+    if strength is not None and not hasattr(scheduler, 'add_noise'): raise _unusable(type(scheduler).__name__, 'it has no add_noise, which a photo to start from needs')
     return len(scheduler.timesteps) - (0 if strength is None else _skipped(scheduler, steps, strength))
 
 # %% ../nbs/08_sampling.ipynb #eab35fd1
@@ -516,7 +525,7 @@ def _check_pipe(pipe):
     "Refuse what is no Stable Diffusion pipeline."
     parts = 'unet', 'vae', 'text_encoder', 'tokenizer', 'scheduler'
     lacks = [o for o in parts if not hasattr(pipe, o)]
-    if lacks or isinstance(pipe, type): raise BoothError(f"{pipe if isinstance(pipe, type) else type(pipe).__name__} is no pipeline to print with{f': it has no {lacks[0]}' if lacks else ''}; give a StableDiffusionPipeline or its folder")
+    if lacks or isinstance(pipe, type): raise BoothError(f"{pipe if isinstance(pipe, type) else type(pipe).__name__} is no pipeline to print with{f': it has no {lacks[0]}' if lacks else ''}; give a StableDiffusionPipeline, such as load_pipeline(), or its folder")
     if hasattr(pipe, 'text_encoder_2'): raise BoothError(f"{type(pipe).__name__} reads prompts twice; only StableDiffusionPipeline works here (Stable Diffusion 1.x and 2.x)")
 
 def _check_numbers(n, batch, index):
@@ -543,7 +552,7 @@ def _check_strength(steps, strength, init, mask):
 def _pictures(x, prompts, name):
     "A photo for each prompt, or none, from one photo or a list of them."
     if x is None: return [None]*len(prompts)
-    if isinstance(x, dict): raise BoothError(f"this print began with a picture ({name} {x['hash']}) that its recipe only names; give the picture with {name}=")
+    if isinstance(x, dict) and 'hash' in x: raise BoothError(f"this print began with a picture ({name} {x['hash']}) that its recipe only names; give the picture with {name}=")
     if not isinstance(x, (list, tuple)): return [load_image(x)]*len(prompts)
     return [load_image(o, f'picture {i} in {name}') for i, o in enumerate(_each(x, prompts, name))]
 
@@ -559,8 +568,14 @@ def _known(pipe, jobs, size):
 
 def _mask(photo, size, shape):
     "A mask for latents (1, 1, h, w): 1 where to print."
-    x = to_tensor([fit(photo, size).convert('L')])[:, :1]
+    binary = max(most for _, most in photo.image.getextrema()) == 1 # 0 and 1 in whole numbers
+    x = to_tensor([fit(photo.image.point(lambda v: 255*v) if binary else photo, size).convert('L')])[:, :1]
     return torch.nn.functional.interpolate((x >= 0).float(), size=tuple(shape))
+
+def _check_masks(pipe, jobs, size):
+    "Refuse masks that leave nothing to print."
+    for o in {id(j.mask): j.mask for j in jobs if j.mask is not None}.values():
+        if not _mask(o, size, _latent_shape(pipe, size)[1:]).any(): raise BoothError(f"the mask{f' {o.path}' if o.path else ''} is black all over at {size[0]} × {size[1]}, so nothing would be printed; make white what is to be printed")
 
 # %% ../nbs/08_sampling.ipynb #70117652
 @contextmanager
@@ -604,13 +619,13 @@ def _guidance_input(pipe, doses):
     return dict(timestep_cond=embedded.to(pipe._execution_device, pipe.unet.dtype))
 
 # %% ../nbs/08_sampling.ipynb #bd3db27e
-def _texts(pipe, jobs, long, restore_mean):
+def _texts(pipe, jobs, long, restore_mean, batch=64):
     "Embeddings of all texts of all jobs, by text and number of pieces; and the number of each job."
     count = {o: _chunk_count(pipe, o) if long else 1 for job in jobs for o in (job.prompt, job.negative)}
     pieces = [max(count[o.prompt], count[o.negative]) for o in jobs]
     wanted = {k: list(dict.fromkeys(t for o, p in zip(jobs, pieces) if p == k for t in (o.prompt, o.negative, ''))) for k in set(pieces)}
     embeds = {(t, k): e for k, texts in wanted.items()
-              for t, e in zip(texts, encode_prompts(pipe, texts, long=long, chunks=k, restore_mean=restore_mean))}
+              for t, e in zip(texts, encode_prompts(pipe, texts, batch, long=long, chunks=k, restore_mean=restore_mean))}
     return embeds, pieces
 
 def _halves(pipe, jobs, embeds, k, guidance, where):
@@ -635,18 +650,25 @@ def _print_batch(pipe, jobs, embeds, k, size, guidance, return_latents, **kwargs
 
 # %% ../nbs/08_sampling.ipynb #17bc32b8
 def _out_of_memory(e):
-    return isinstance(e, torch.OutOfMemoryError) or any(o in str(e) for o in ('out of memory', "can't allocate memory", 'ALLOC_FAILED'))
+    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or any(o in str(e) for o in ('out of memory', 'not enough memory', "can't allocate memory", 'ALLOC_FAILED'))
 
 def _tried(f):
     "What `f()` returns, or None where the memory was too small for it."
     try: return f()
-    except RuntimeError as e:
+    except (MemoryError, RuntimeError) as e:
         if not _out_of_memory(e): raise
     if torch.cuda.is_available(): torch.cuda.empty_cache()
 
+def _tried_texts(*args, batch=64):
+    "`_texts`, with fewer readings at a time where the memory is too small."
+    while (made := _tried(lambda: _texts(*args, batch=batch))) is None:
+        if batch == 1: raise BoothError("out of memory while reading one prompt; free some, or load the model on the CPU or in half precision (load_pipeline with device 'cpu' or dtype 'float16')")
+        batch //= 2
+    return made
+
 def _halve(jobs, todo):
     "Batches of half the size; says so."
-    if len(jobs) == 1: raise BoothError("out of memory with one image at a time; print it smaller with size=, in half precision (dtype='float16'), or decode it in tiles (tune(pipe, tiling=True))")
+    if len(jobs) == 1: raise BoothError("out of memory with one image at a time; print it smaller with size=, decode it in tiles with tiling=True, or load the model in half precision (load_pipeline with dtype 'float16')")
     half = len(jobs)//2
     print(f"blipbooth: out of memory with {len(jobs)} images at a time; going on with {half}", file=sys.stderr)
     return [(o, k) for more, k in ((jobs, todo[0][1]), *todo[1:]) for o in _cut(more, half)]
@@ -661,7 +683,7 @@ def _print(pipe, jobs, batch, callback, long, restore_mean, steps_each, **kwargs
         if callback: callback(len(done)*of + step, bar.total, latents)
     tick.clean = getattr(callback, 'clean', False)
     with bar, _inference(pipe), quick(pipe.unet, pipe.vae):
-        embeds, pieces = _texts(pipe, jobs, long, restore_mean)
+        embeds, pieces = _tried_texts(pipe, jobs, long, restore_mean)
         todo = [(o, k) for k, same in itertools.groupby(zip(jobs, pieces), key=lambda o: o[1]) for o in _cut([j for j, _ in same], batch)]
         bar.total = steps_each*len(todo)
         while todo:
@@ -703,7 +725,7 @@ def _glance(named):
 def _recipe(job, guidance, scheduler, **shared):
     "What a print was made from, as plain values; `sample(pipe, **recipe)` makes it again."
     changes = {**guidance.changes(), 'g': job.g}
-    if hasattr(scheduler, 'config'): scheduler = dict(scheduler.config)
+    if hasattr(scheduler, 'config'): scheduler = {**scheduler.config, '_class_name': type(scheduler).__name__}
     pictures = {k: dict(hash=v.hash) for k, v in (('init', job.init), ('mask', job.mask)) if v is not None}
     return dict(prompt=job.prompt, negative=job.negative, seed=int(job.seed), index=int(job.index), guidance=changes['g'] if len(changes) == 1 else changes,
         scheduler=scheduler, **pictures, **{k: v for k, v in shared.items() if v not in (None, False)})
@@ -717,16 +739,49 @@ def _plain(x): return x.tolist() if hasattr(x, 'tolist') else str(x)
 
 def _own_scheduler(pipe, scheduler):
     "The scheduler of one printing, from a name, a diffusers scheduler, or its settings in a recipe."
-    if not isinstance(scheduler, dict): return make_scheduler(pipe, scheduler)
-    kind = getattr(diffusers, str(scheduler.get('_class_name')), None)
-    if kind is None: raise BoothError(f"no scheduler {scheduler.get('_class_name')!r} in diffusers {diffusers.__version__}; choose one of {', '.join(schedulers())}")
-    return kind.from_config(scheduler)
+    name = scheduler.get('_class_name') if isinstance(scheduler, dict) else type(getattr(scheduler, 'scheduler', scheduler)).__name__
+    kind = getattr(diffusers, str(name), None) if str(name).endswith('Scheduler') else None
+    if isinstance(scheduler, dict) and kind is None: raise BoothError(f"no scheduler {name!r} in diffusers {diffusers.__version__}; choose one of {', '.join(schedulers())}")
+    try: own = kind.from_config(scheduler) if isinstance(scheduler, dict) else make_scheduler(pipe, scheduler)
+    except (AttributeError, ImportError, KeyError, TypeError, ValueError) as e: raise _unusable(name, e) from e
+    return _check_scheduler(own)
 
-def _check_model(pipe, model):
-    "The fingerprint of the model; refuses another than the one asked for."
-    mark = fingerprint(pipe)
-    if model not in (None, mark): raise BoothError(f"the print was made by the model {model}, and this one is {mark}; load the other model, or leave model= out to print with this one")
+def _unusable(name, why): return BoothError(f"{name} cannot print here ({' '.join(str(why).split())[:120] or type(why).__name__}); choose one of {', '.join(schedulers())}")
+
+def _check_scheduler(scheduler):
+    "The scheduler, if it can do what the loop asks of it."
+    lacks = [o for o in ('init_noise_sigma', 'set_timesteps', 'scale_model_input', 'step') if not hasattr(scheduler, o)]
+    if lacks: raise _unusable(type(scheduler).__name__, f'it has no {lacks[0]}')
+    more = [k for k, p in list(inspect.signature(scheduler.step).parameters.items())[3:] if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if more: raise _unusable(type(scheduler).__name__, f'its step asks for {more[0]}')
+    return scheduler
+
+def _check_model(pipe, model, precision=None):
+    "The fingerprint of the model; refuses another, or another precision, than the one asked for."
+    mark, has = fingerprint(pipe), _precision(pipe)
+    if precision not in (None, has): raise BoothError(f"the print was made in {_in_words(precision)}, and this model is in {_in_words(has)}; give the model's folder in place of a pipeline, and it is loaded as the print wants it")
+    if model not in (None, mark): raise BoothError(f"the print was made by the model {model}, and this one is {mark}, in {_in_words(has)}; print with the model or the run that made it, in the same precision")
     return mark
+
+# %% ../nbs/08_sampling.ipynb #85ecfb93
+_parts = 'unet', 'vae', 'text_encoder'
+
+def _precision(pipe):
+    "The precision of a pipeline: a name, a name for each part where they differ, or None for float32."
+    names = {o: str(getattr(pipe, o).dtype).removeprefix('torch.') for o in _parts}
+    if len(set(names.values())) > 1: return names
+    return None if names['unet'] == 'float32' else names['unet']
+
+def _in_words(precision): return ', '.join(f'{k} {v}' for k, v in precision.items()) if isinstance(precision, dict) else precision or 'float32'
+
+def _in_precision(pipe, precision):
+    "The pipeline, cast to what a recipe says; None leaves it as it is."
+    wanted = precision if isinstance(precision, dict) else {} if precision is None else dict.fromkeys(_parts, precision)
+    for part, name in wanted.items():
+        _check_name('part of a model', part, _parts)
+        dtype = Settings(dtype=name).dtype
+        if getattr(pipe, part).dtype != dtype: torch.nn.Module.to(getattr(pipe, part), dtype)
+    return pipe
 
 # %% ../nbs/08_sampling.ipynb #535aa638
 def sample(
@@ -753,9 +808,10 @@ def sample(
     tiling:bool=None, # decode tile by tile? None as the pipeline is set, see `tune`
     index:int=0, # number of the first image
     model:str=None, # fingerprint that the model must have
+    precision=None, # and its precision: a name such as float16, or {part: name}; a model that is loaded here is cast to it
 ): # PIL images with their recipes in `.info`: all of the first prompt, then all of the second …
     "Print a prompt, or several, with classifier-free guidance."
-    if isinstance(pipe, (str, Path, type(None))): pipe = load_pipeline(pipe)
+    if isinstance(pipe, (str, Path, type(None))): pipe = _in_precision(load_pipeline(pipe), precision)
     _check_pipe(pipe)
     _check_numbers(n, batch, index)
     if callback is not None and not callable(callback): raise BoothError(f"callback is {callback!r}; it must be a function (step, total, latents)")
@@ -763,11 +819,12 @@ def sample(
     jobs = _jobs(pipe, prompt, negative, subject, seed, n, index, guidance, init, mask, long)
     size, own = _check_size(pipe, size), _own_scheduler(pipe, scheduler)
     each = _check_steps(own, steps, strength)
-    if model or not return_latents: model = _check_model(pipe, model)
+    _check_masks(pipe, jobs, size)
+    if model or precision or not return_latents: model = _check_model(pipe, model, precision)
     with _tiled(pipe.vae, tiling) as tiling: prints = _print(pipe, jobs, batch or _batch_size(pipe, size), callback, long, restore_mean, each, return_latents=return_latents,
         size=size, guidance=guidance, scheduler=own, steps=steps, strength=strength or 1.)
     if return_latents: return prints
-    return _signed(prints, jobs, guidance, scheduler, tiling=tiling, steps=steps, size=list(size), strength=strength, model=model, long=long, restore_mean=restore_mean)
+    return _signed(prints, jobs, guidance, _named(scheduler), tiling=tiling, steps=steps, size=list(size), strength=strength, model=model, precision=_precision(pipe), long=long, restore_mean=restore_mean)
 
 # %% ../nbs/08_sampling.ipynb #a0c8ae6f
 def _jobs(pipe, prompt, negative, subject, seed, n, index, guidance, init, mask, long):
