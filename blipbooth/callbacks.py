@@ -165,8 +165,8 @@ def _state(
     "Where a training stands, but for weights and moments."
     names, inner, more = {p: n for n, p in _trainable(learn.model).items()}, _bare(learn.opt), {}
     sched, scaler = learn.sched and learn.sched.state_dict(), learn.accelerator.scaler
-    groups = [{k: _pack(v, more, f'groups/{i}/{k}') for k, v in g.items() if k != 'params'} for i, g in enumerate(inner.param_groups)]
-    counts = {names[p]: {k: _pack(v, more, f'counts/{names[p]}/{k}') for k, v in s.items() if not torch.is_tensor(v)} for p, s in inner.state.items()}
+    groups = [{k: _pack(v, more, f'groups/{i}/{k}') for k, v in g.items() if k != 'params' and not callable(v)} for i, g in enumerate(inner.param_groups)]
+    counts = {names[p]: {k: _pack(v, more, f'counts/{names[p]}/{k}') for k, v in s.items() if not (torch.is_tensor(v) or callable(v))} for p, s in inner.state.items()}
     state = dict(step=learn.step, trained=sorted(_trainable(learn.model)), sched=_pack(sched, more, 'sched'), scaler=scaler.state_dict() if scaler else None,
                  lr=[g['lr'] for g in inner.param_groups], groups=groups, counts=counts, optimizer=type(inner).__name__, info=info or {}, versions=_versions())
     return json.loads(json.dumps(state, default=_jsonable)), more
