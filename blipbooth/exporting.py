@@ -7,7 +7,7 @@ __all__ = ['FORMATS', 'lora_layers', 'export_lora', 'export_kohya', 'unet_key', 
            'export_embedding', 'licence_of', 'model_card', 'export_run', 'push_to_hub']
 
 # %% ../nbs/16_exporting.ipynb #58a957c0
-import re, shutil, tempfile
+import re, shutil, tempfile, warnings
 from pathlib import Path
 import torch
 from safetensors.torch import save
@@ -205,6 +205,8 @@ def model_card(
     data = ModelCardData(license=licence, base_model=cfg.model if hub else None, library_name='diffusers', pipeline_tag='text-to-image', tags=tags, instance_prompt=f'a {names[0]}')
     what = f"{'One subject' if len(names) == 1 else f'{len(names)} subjects'}, learned with DreamBooth from a few photos by blipbooth. In a prompt it is called " + ', or '.join(f'`{o}`' for o in names) + '.'
     beside = [f"The embedding of `<{t}>` lies in `{f}`; without it, `<{t}>` means nothing." for t, f in files.items()]
+    left = [k for k in ('unet', 'text_encoder') if getattr(cfg.train, k) == 'full'] if format in ('lora', 'kohya') else []
+    if left: beside.append(f"The {' and the '.join(left)} was trained in full, which this format does not hold; prints of the whole run look otherwise.")
     pictures = '\n'.join(f'![{p}]({p})' for p in prints) or 'None.'
     parts = [f"# {', '.join(f'{c.token} {c.class_noun}' for c in cfg.concepts or [cfg])}", what, *beside, f'```python\n{_use(cfg, format, repo, names[0])}\n```',
              '## Prints', pictures, '## Numbers', _numbers(report or {}), '## Recipe', f'Trained from {base}. What is not listed is the default.', _recipe(cfg), '## Licences',
@@ -234,7 +236,9 @@ def _check_format(cfg, run, format):
     if format not in FORMATS: raise BoothError(f"no format {format!r}; it is {', '.join(FORMATS)}" + (f" (did you mean {nearest(format, FORMATS)}?)" if nearest(format, FORMATS) else ''))
     if format == 'embedding' and not (cfg.train.token or cfg.train.text_encoder == 'full'): raise BoothError(f"{run} has not trained the token: train.token is false; export it as {'lora' if lora and not full else 'diffusers'}")
     if format not in ('lora', 'kohya'): return
-    if full: raise BoothError(f"{run} has trained the {' and the '.join(full)} in full, for which {format} has no place; export it as diffusers, which holds everything")
+    what = f"{run} has trained the {' and the '.join(full)} in full, for which {format} has no place"
+    if full and not lora: raise BoothError(f"{what}; export it as diffusers, which holds everything")
+    if full: warnings.warn(f"{what}: it holds the LoRA alone, and prints will differ; export it as diffusers, which holds everything, or train the rest as LoRA or not at all")
     if not lora: raise BoothError(f"{run} has trained its token alone and no LoRA; export it as embedding")
 
 # %% ../nbs/16_exporting.ipynb #9fa5fe6f
