@@ -420,8 +420,10 @@ def new_text_encoder():
 def new_scheduler():
     "DDIM on a schedule that ends in almost pure noise, so that a background may be truly black or white."
     from diffusers import DDIMScheduler
-    return DDIMScheduler(beta_start=.00085, beta_end=.02, beta_schedule='scaled_linear', prediction_type='v_prediction',
+    made = DDIMScheduler(beta_start=.00085, beta_end=.02, beta_schedule='scaled_linear', prediction_type='v_prediction',
                          timestep_spacing='trailing', clip_sample=False, set_alpha_to_one=True)
+    made.register_to_config(skip_prk_steps=True)              # for whoever changes to PNDM, as Stable Diffusion's settings have it
+    return made
 
 # %% ../nbs/30_emoji.ipynb #fa99d3a9
 @dataclass

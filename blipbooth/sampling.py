@@ -121,8 +121,6 @@ _schedulers = {
     'lcm': ('LCMScheduler', {}),
 }
 
-_usual = dict(clip_sample=False, skip_prk_steps=True) # for latents, where the pipeline's own settings say nothing
-
 def _named(name):
     "A scheduler's name as `schedulers()` has it, from any way to write it; what is no such name stays."
     plain = lambda o: re.sub('[^a-z0-9+]', '', o.lower())
@@ -137,15 +135,17 @@ def make_scheduler(
     pipe, # the pipeline whose settings it takes over
     name=None, # one of `schedulers()`, a diffusers scheduler, or None for the pipeline's own kind
 ): # a fresh diffusers scheduler
-    "A scheduler of its own for one printing; the pipeline's stays untouched."
+    "A scheduler of its own for one printing, with the pipeline's settings, as diffusers' `from_config` takes them over; the pipeline's own stays untouched."
     name = pipe.scheduler if name is None else _named(name)
     if hasattr(name, 'config') and not isinstance(name, type): return type(name).from_config(name.config)
     if not isinstance(name, str) or name not in _schedulers:
         near = nearest(str(name).lower(), _schedulers)
         raise BoothError(f"no scheduler {name!r}; {f'did you mean {near!r}? ' if near else ''}the choices are: {', '.join(_schedulers)}")
     kind, settings = getattr(diffusers, _schedulers[name][0]), _schedulers[name][1]
-    usual = {k: v for k, v in _usual.items() if k in inspect.signature(kind).parameters and k not in pipe.scheduler.config}
-    return kind.from_config(pipe.scheduler.config, **usual, **settings)
+    made = kind.from_config(pipe.scheduler.config, **settings)
+    if made.config.get('clip_sample') and 'clip_sample' not in pipe.scheduler.config:
+        warnings.warn(f"{name} clips latents to [-1, 1], since the pipeline's scheduler does not say clip_sample; pipe.scheduler.register_to_config(clip_sample=False) turns it off")
+    return made
 
 # %% ../nbs/08_sampling.ipynb #3d840e1d
 _marks = re.compile(r'\\[()]|[()]|:\s*([+-]?\d*\.?\d+)\s*\)')
