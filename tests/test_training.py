@@ -14,7 +14,7 @@ env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | dict(OMP_NUM_THR
 KILLS = int(os.environ.get('BLIPBOOTH_KILLS', '4'))  # the bar is 20: BLIPBOOTH_KILLS=20 pytest tests/test_training.py
 
 
-def said(out, *more): return ['train', f'photos={subject_photos("fox")}', 'class_noun=fox', f'out={out}', 'prior.n=4', *more]
+def said(out, *more): return ['train', f'photos={subject_photos("fox")}', 'class_noun=fox', f'out={out}', 'prior.n=4', 'prior.threshold=0', *more]
 def start(args, cwd, launch=(), **kw): return subprocess.Popen([sys.executable, '-m', *launch, 'blipbooth.cli', *map(str, args)], cwd=cwd, env=env, stdout=subprocess.DEVNULL, **kw)
 
 
@@ -129,7 +129,7 @@ if __name__ == '__main__': notebook_launcher(train, num_processes=2, use_port='{
 
 def test_two_processes_of_a_notebook(four, tmp_path):
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-    (tmp_path/'cell.py').write_text(NOTEBOOK.format(port=port, photos=str(subject_photos('fox')), out=str(tmp_path/'run'), keys=', '.join(map(repr, [*STEPS, 'batch_size=2', 'prior.n=4']))))
+    (tmp_path/'cell.py').write_text(NOTEBOOK.format(port=port, photos=str(subject_photos('fox')), out=str(tmp_path/'run'), keys=', '.join(map(repr, [*STEPS, 'batch_size=2', 'prior.n=4', 'prior.threshold=0']))))
     res = subprocess.run([sys.executable, 'cell.py'], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900)
     assert res.returncode == 0, res.stderr
     assert alike(tmp_path/'run', four)
@@ -157,7 +157,7 @@ Booth(photos, class_noun='fox', out={out!r}, config=DreamBoothConfig.load(None, 
 
 
 def test_killed_in_a_notebook_goes_on_in_a_terminal(four, tmp_path):
-    keys = ', '.join(map(repr, ['prior.n=4', *STEPS, 'checkpoint.every=2', 'batch_size=4']))
+    keys = ', '.join(map(repr, ['prior.n=4', 'prior.threshold=0', *STEPS, 'checkpoint.every=2', 'batch_size=4']))
     code = CUT.format(photos=str(subject_photos('fox')), out=str(tmp_path/'run'), keys=keys)
     assert subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=env, capture_output=True).returncode == -signal.SIGKILL
     run(['train', '--resume', tmp_path/'run'], tmp_path)
