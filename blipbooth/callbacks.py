@@ -39,6 +39,7 @@ def _room(
         if what not in said: warnings.warn(f'{what} cannot be written ({e.strerror or e}); training goes on', stacklevel=2)
         said.add(what)
 
+# %% ../nbs/12_callbacks.ipynb #9b4d3857
 class LossLog(Callback):
     "Writes the losses of every step to a JSON-lines file; those that a full disk refuses are written once there is room."
     order = 10
@@ -241,6 +242,7 @@ def _load_rates(learn, state, more, anew):
     for i, g in enumerate(inner.param_groups):
         g.update({k: _unpack(v, more) for k, v in groups[min(i, len(groups) - 1)].items() if k not in said})
 
+# %% ../nbs/12_callbacks.ipynb #3b22ef35
 def load_checkpoint(
     learn,  # a Learner, made as the one that was saved
     folder, # a checkpoint folder

@@ -359,6 +359,7 @@ def _plain_warnings():
     try: yield
     finally: warnings.formatwarning = was
 
+# %% ../nbs/22_cli.ipynb #42564277
 def main(
     argv=None, # arguments; None: those of the process
 ):

@@ -978,6 +978,7 @@ def merge_lora(
 
 def _text_name(name): return 'text_model.' + name.removeprefix('text_model.')  # older and newer transformers differ in this prefix; readers know the older one
 
+# %% ../nbs/13_dreambooth.ipynb #730e5122
 def _older_names(file):
     "Name a text encoder's weights as all versions of transformers read them."
     new = file.with_suffix('.new')

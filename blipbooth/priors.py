@@ -166,6 +166,7 @@ def _manifest(folder):
         if isinstance(said.get(k), int) and has < said[k]: raise BoothError(f"{path} lists {has} {k}, and summary.json {said[k]}; {again}")
     return records
 
+# %% ../nbs/09_priors.ipynb #e648939e
 def _counts(folder):
     "What a folder's summary says; {} where there is none."
     said = load_json(folder/'summary.json') if (folder/'summary.json').is_file() else {}

@@ -737,6 +737,7 @@ def _signed(prints, jobs, guidance, scheduler, **shared):
 
 def _plain(x): return x.tolist() if hasattr(x, 'tolist') else str(x)
 
+# %% ../nbs/08_sampling.ipynb #c7fb8882
 def _own_scheduler(pipe, scheduler):
     "The scheduler of one printing, from a name, a diffusers scheduler, or its settings in a recipe."
     name = scheduler.get('_class_name') if isinstance(scheduler, dict) else type(getattr(scheduler, 'scheduler', scheduler)).__name__
