@@ -139,7 +139,7 @@ def _class_prompts(noun, prompts, photos):
 # %% ../nbs/22_cli.ipynb #bfcd5a63
 def train(
     *config,            # a YAML file, and key=value overrides such as photos=my_dog/ class_noun=dog lr=1e-5
-    resume:str=None,    # run folder to go on with
+    resume:str=None,    # run folder to go on with; its own configuration is read where no file is given
     anyway:bool=False,  # go on even if configuration or photos are no longer those of the checkpoint
     dry_run:bool=False, # say what would train and what it would take, and stop
 ):
@@ -160,8 +160,8 @@ def _config(args, run):
     from blipbooth.dreambooth import DreamBoothConfig
     files, overrides = [c for c in args if '=' not in c], [c for c in args if '=' in c]
     if len(files) > 1: raise BoothError(f"{len(files)} config files ({', '.join(files)}); give one, and key=value for the rest")
-    if run and files: raise BoothError(f"--resume {run} has its own configuration; leave {files[0]} out")
-    return DreamBoothConfig.load(_run_file(run, 'config.yaml') if run else files[0] if files else None, *overrides)
+    own = [_run_file(run, 'config.yaml')] if run else []
+    return DreamBoothConfig.load(*(files or own or [None]), *overrides)
 
 def _run_file(run, name):
     "A file of a run folder."

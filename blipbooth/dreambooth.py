@@ -162,6 +162,7 @@ class DreamBoothConfig:
     accumulate:int = _f(1, 'micro-batches a step adds up')
     ema:float = _f(0., 'share of the past in a moving average of the weights, which is then what the run prints with; 0: none; usual .99 to .9999')
     gradient_checkpointing:bool = _f(False, 'compute activations twice instead of keeping them: less memory, more time')
+    compile:bool = _f(False, 'compile what trains (torch.compile): minutes at the first step, quicker ones afterwards on a GPU')
     train:TrainConfig = _sub(TrainConfig, 'which parts learn')
     loss:LossConfig = _sub(LossConfig, 'how the error is measured')
     data:DataConfig = _sub(DataConfig, 'how samples are made')
@@ -374,6 +375,7 @@ def choose_parts(
                 inject_adapter_in_model(LoraConfig(r=cfg.train.rank, lora_alpha=cfg.train.rank, init_lora_weights='gaussian', target_modules=_LORA[name]), part)
             part._hf_peft_config_loaded = True  # as `add_adapter` leaves it, which in transformers 5.24 waits for a peft that is not out
     if cfg.train.token and cfg.train.text_encoder != 'full': _open_rows(pipe, [c.token for c in cfg.concepts] or [cfg.token])
+    if cfg.compile: return net  # a compiler finds its own way to remember less
     remember_less(net.unet)
     attend_narrowly(net.unet)
     fuse_lora(net)
@@ -681,13 +683,21 @@ def _try_out(cfg, device):
         for done in range(max(1, cfg.steps) if '.' in cfg.schedule else 1): sched.step()
     except (TypeError, ValueError, RuntimeError) as e: raise BoothError(f"optimizer={cfg.optimizer} with schedule={cfg.schedule} cannot take {f'step {done + 1} of {cfg.steps}' if done else 'a step'} ({str(e).partition(chr(10))[0]}); check optimizer_args={dict(cfg.optimizer_args)} and schedule_args={dict(cfg.schedule_args)}") from None
 
+def _next(x): return x + 1
+
+def _compile_out(device):
+    "A compiled function, on a number that nobody needs."
+    try: torch.compile(_next)(torch.ones(1, device=device))
+    except Exception as e: raise BoothError(f"compile=true: nothing can be compiled here ({str(e).partition(chr(10))[0]}); leave it out, or install what is missing") from None
+
 def check_named(
     cfg,         # DreamBoothConfig
     device=None, # where it will train; None: that is not looked at
 ):
-    "Refuse an optimizer, a schedule or a tracker that cannot be had, arguments they do not take, and numbers the device cannot train with."
+    "Refuse an optimizer, a schedule, a tracker or a compiler that cannot be had, arguments they do not take, and numbers the device cannot train with."
     check_trackers(cfg.trackers)
     _try_out(cfg, device)
+    if cfg.compile and device: _compile_out(device)
     if cfg.mixed_precision == 'fp16' and device and torch.device(device).type == 'cpu': raise BoothError("mixed_precision=fp16 needs a GPU; on a CPU use bf16 or no")
 
 # %% ../nbs/13_dreambooth.ipynb #4365ded4
@@ -716,7 +726,7 @@ def made_with(
     concepts, # what was learned
 ) -> dict:
     "What must not change between a run and its resumption."
-    free = ['out', 'photos', 'min_photos', 'preset', 'concepts', 'data.masks', 'data.cache', 'trackers', 'captioner', 'matcher', 'prior.candidates'] + [k for k in config_fields() if k.startswith(('checkpoint.', 'prints.'))] + ['steps']*(cfg.schedule == 'constant')
+    free = ['out', 'photos', 'min_photos', 'preset', 'concepts', 'data.masks', 'data.cache', 'trackers', 'captioner', 'matcher', 'prior.candidates'] + [k for k in config_fields() if k.startswith(('checkpoint.', 'prints.'))] + ['steps']*(cfg.schedule == 'constant') + ['compile']*(not cfg.compile)
     info = {k: v for k, v in _flat(cfg).items() if k not in free}
     all_of = lambda f: [x for c in concepts for x in f(c)]
     info |= dict(photo_hashes=all_of(lambda c: [p.hash for p in c.photos]), captions=all_of(lambda c: c.captions), priors=all_of(lambda c: [r['hash'] for r in c.priors.kept] if c.priors else []))
@@ -791,6 +801,7 @@ def build_learner(
     data, loss = training_set(concepts, pipe, resolution(cfg, pipe), cfg.seed, cfg.fit, cfg.flip, **data_options(cfg, out)), DreamBoothLoss(pipe, cfg)
     net = choose_parts(pipe, cfg)
     if cfg.gradient_checkpointing: _checkpointing(pipe)
+    if cfg.compile: net.compile()
     opt = make_optimizer(cfg, parameter_groups(net, cfg, pipe))
     keep = run_callbacks(pipe, concepts, cfg, out, resume, anyway, acc.num_processes) if out else []
     own = [NaNGuard(), Progress(), Interrupts(), LetGo(*spare_parts(pipe, cfg)), *_halved(pipe, cfg), *([EMA(cfg.ema)] if cfg.ema else []), *([Track(config=_flat(cfg), logs=Path(out)/'logs' if out else None)] if cfg.trackers else [])]

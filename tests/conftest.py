@@ -1,5 +1,6 @@
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,3 +11,16 @@ os.chdir(root)  # nbdev looks for settings.ini from here
 
 @pytest.fixture(scope='session')
 def project(): return root
+
+
+@pytest.fixture
+def here(capfd, monkeypatch):
+    "The `blipbooth` command in this process, where all that it imports is there already: for what ends before any work."
+    from blipbooth.cli import main
+    def run(*args, cwd):
+        monkeypatch.chdir(cwd)
+        capfd.readouterr()
+        try: status = main([*map(str, args)]) or 0
+        except SystemExit as e: status = e.code
+        return SimpleNamespace(returncode=status, stderr=capfd.readouterr().err)
+    return run

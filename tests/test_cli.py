@@ -47,10 +47,10 @@ def one_pixel(d):
 
 
 @pytest.mark.parametrize('make', [no_photo, one_photo, no_folder, bad_noun, text_file, truncated, one_pixel], ids=lambda f: f.__name__)
-def test_bad_input_is_one_line_and_leaves_nothing(make, tmp_path):
+def test_bad_input_is_one_line_and_leaves_nothing(make, tmp_path, here):
     folder, noun, said = make(tmp_path)
     before = sorted(tmp_path.rglob('*'))
-    res = blipbooth('train', f'photos={folder}', f'class_noun={noun}', f'out={tmp_path/"run"}', cwd=tmp_path)
+    res = here('train', f'photos={folder}', f'class_noun={noun}', f'out={tmp_path/"run"}', cwd=tmp_path)
     assert res.returncode == 2
     assert said in res.stderr and len(res.stderr.strip().splitlines()) == 1
     assert sorted(tmp_path.rglob('*')) == before

@@ -3,7 +3,7 @@ import os, signal, subprocess, sys, time
 
 from blipbooth.core import file_hash, read_jsonl
 
-env = {k: v for k, v in os.environ.items() if k not in ('IN_TEST', 'PYTHONPATH')}
+env = {k: v for k, v in os.environ.items() if k not in ('IN_TEST', 'PYTHONPATH')} | dict(OMP_NUM_THREADS='1')  # as accelerate sets it for processes side by side
 
 
 def start(out, cwd): # a tight filter, so that the set needs more tries than it has pictures

@@ -194,10 +194,9 @@ def test_two_runs_in_one_folder(tmp_path):
 
 @pytest.mark.parametrize('key, words', [('batch_size=9', 'batch_size=9 is more than the 4 photos'), ('resolution=50', 'not a multiple of'), ('lr=1', 'destroy'), ('token=fox', 'both'),
                                         ('token=qzxvk', 'pieces'), ('trackers=[tensorbord]', 'tensorboard'), ('steps=many', 'not a whole number'), ('min_photos=5', '4 photos'), ('optimizer=torch.optim.Nope', 'no optimizer'), ('trian.unet=off', 'train.unet'), ('loss.t_min=2000', "beyond the schedule's 1000"), ('data.masks=alpha', 'no alpha channel')])
-def test_bad_configuration(key, words, tmp_path):
-    p = start([*said(tmp_path/'run'), key], tmp_path, stderr=subprocess.PIPE, text=True)
-    err = p.communicate()[1]
-    assert p.returncode == 2 and words in err and len(err.strip().splitlines()) == 1, err
+def test_bad_configuration(key, words, tmp_path, here):
+    res = here(*said(tmp_path/'run'), key, cwd=tmp_path)
+    assert res.returncode == 2 and words in res.stderr and len(res.stderr.strip().splitlines()) == 1, res.stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -210,10 +209,9 @@ def test_one_photo_is_allowed_where_it_is_asked_for_and_warned_of(tmp_path):
     assert (tmp_path/'run'/'checkpoints'/'step-000001').exists()
 
 
-def test_sdxl_is_not_sd(tmp_path):
+def test_sdxl_is_not_sd(tmp_path, here):
     (tmp_path/'xl').mkdir()
     (tmp_path/'xl'/'model_index.json').write_text(json.dumps({'_class_name': 'StableDiffusionXLPipeline'}))
-    p = start([*said(tmp_path/'run'), f'model={tmp_path/"xl"}'], tmp_path, stderr=subprocess.PIPE, text=True)
-    err = p.communicate()[1]
-    assert p.returncode == 2 and 'StableDiffusionXLPipeline' in err
+    res = here(*said(tmp_path/'run'), f'model={tmp_path/"xl"}', cwd=tmp_path)
+    assert res.returncode == 2 and 'StableDiffusionXLPipeline' in res.stderr
     assert not (tmp_path/'run').exists()

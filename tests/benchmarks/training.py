@@ -1,11 +1,11 @@
 """Training: ours, and a plain loop that encodes images and text at every step as the common scripts do, in turn in one process.
 
-    python tests/benchmarks/training.py [--threads 2] [--repeats 5] [--width 320] [--pixels 256] [--precision bf16] [--only memory ways speed floor pause] [--way LoRA]
+    python tests/benchmarks/training.py [--threads 2] [--repeats 5] [--width 320] [--pixels 256] [--precision bf16] [--only memory ways speed floor pause] [--way LoRA] [--compile]
 
 Width 320 is Stable Diffusion 1.5's own; without one, for each way to train the widest of which two fit into memory; width 0 is the bundled model at its own 64 pixels (for memory and ways). Random weights: speed does not depend on them.
-On a GPU: width 320, 512 pixels, bf16, twenty repeats, and all but the ways, in about 100 seconds. A row that fails says so, the others go on, and the exit status is 1.
+On a GPU: width 320, 512 pixels, bf16, twenty repeats, and all but the ways, in about 100 seconds; with --compile our side is compiled. A row that fails says so, the others go on, and the exit status is 1.
 """
-import argparse, gc, json, os, statistics, subprocess, sys, tempfile, time, traceback, warnings
+import argparse, dataclasses, gc, json, os, statistics, subprocess, sys, tempfile, time, traceback, warnings
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -58,7 +58,7 @@ def concept():
 
 
 def config(o, *said, pixels=None):
-    return DreamBoothConfig.load(None, 'class_noun=fox', 'batch_size=2', f'resolution={pixels or o.pixels}', 'lr=1e-5', 'steps=1000000', f'mixed_precision={o.precision}', *said)
+    return DreamBoothConfig.load(None, 'class_noun=fox', 'batch_size=2', f'resolution={pixels or o.pixels}', 'lr=1e-5', 'steps=1000000', f'mixed_precision={o.precision}', f'compile={o.compile}', *said)
 
 
 def half(cfg): return dict(bf16=torch.bfloat16, fp16=torch.float16).get(cfg.mixed_precision)
@@ -162,7 +162,7 @@ def row(f, name, *args, **kw):
 def against(pipe, other, cfg, repeats, bar, digits=3, less=False):
     "Seconds of a step of ours and of the other side, and their ratio."
     def one(*sides):
-        made = [side(pipe(), cfg) for side in sides]
+        made = [side(pipe(), dataclasses.replace(cfg, compile=side is Ours and cfg.compile)) for side in sides]
         for m in made*3*GPU: m.step()  # kernels are chosen and memory is taken in the first steps
         times = in_turn(*(m.step for m in made), repeats)
         for m in made: getattr(m, 'close', m.__dict__.clear)()
@@ -175,7 +175,7 @@ def against(pipe, other, cfg, repeats, bar, digits=3, less=False):
     return dict(ours=round(a, 5), peer=round(b, 5), ratio=round(a/b if less else b/a, digits), unit='s', bar=bar)
 
 
-def shape(width, o): return f"width {width}, {o.pixels} pixels{'' if o.precision == 'no' else ', ' + o.precision}"
+def shape(width, o): return f"width {width}, {o.pixels} pixels{'' if o.precision == 'no' else ', ' + o.precision}{', compiled' if o.compile else ''}"
 
 
 def speed(o):
@@ -184,7 +184,7 @@ def speed(o):
         width = width_of(o, name)
         row(against, f'{name}, a step, {shape(width, o)}', lambda: shaped(width, o.device), Plain, config(o, *said), o.repeats, bar)
     if o.way and o.way not in 'bundled': return
-    row(against, 'bundled model, UNet and text encoder, a step', lambda: load_pipeline(device=o.device), Plain, config(o, pixels=64), 3*o.repeats, 1.3)
+    row(against, f"bundled model, UNet and text encoder, a step{', compiled' if o.compile else ''}", lambda: load_pipeline(device=o.device), Plain, config(o, pixels=64), 3*o.repeats, 1.3)
 
 
 def floor(o):
@@ -234,7 +234,7 @@ def measured(o, which, said, width):
     if GPU: free(); return peak(o, which, said, width)
     # what is freed goes back at once: the peak is of what is in use (the C library would keep some 30 MB of small blocks for later)
     live = {**os.environ, 'MALLOC_MMAP_THRESHOLD_': '65536', 'MALLOC_TRIM_THRESHOLD_': '131072', 'MALLOC_ARENA_MAX': '1'}
-    args = [sys.executable, __file__, '--peak', which, '--width', str(width), '--pixels', str(o.pixels), '--precision', o.precision, '--threads', str(o.threads), '--said', *said]
+    args = [sys.executable, __file__, '--peak', which, '--width', str(width), '--pixels', str(o.pixels), '--precision', o.precision, '--threads', str(o.threads), *['--compile']*o.compile, '--said', *said]
     res = subprocess.run(args, capture_output=True, text=True, env=live)
     if res.returncode: raise RuntimeError((res.stderr.strip().splitlines() or ['it was killed'])[-1])
     return json.loads(res.stdout.splitlines()[-1])
@@ -273,6 +273,7 @@ if __name__ == '__main__':
     for k, v in dict(threads=0, repeats=0, width=-1, pixels=0).items(): p.add_argument(f'--{k}', type=int, default=v)
     p.add_argument('--precision', choices=['no', 'bf16', 'fp16'], default='bf16' if GPU else 'no')
     p.add_argument('--only', nargs='+', default=['memory', 'speed', 'floor', 'pause'] + ['ways']*(not GPU))
+    p.add_argument('--compile', action='store_true', help='compile our side')
     p.add_argument('--way', help='for speed and floor: full, LoRA or bundled alone')
     p.add_argument('--peak', choices=['ours', 'plain'])
     p.add_argument('--said', nargs='*', default=[])
