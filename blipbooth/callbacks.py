@@ -404,9 +404,10 @@ class LetGo(Callback):
     @contextmanager
     def back(self):
         "The parts are whole within this block."
-        self.fetch()
+        if self.file: self.fetch()
         try: yield
-        finally: self.drop()
+        finally:
+            if self.file: self.drop()
 
     def cleanup(self):
         if self.file is None: return
@@ -438,10 +439,10 @@ class Halved(LetGo):
 def everything(
     learn, # a Learner
 ):
-    "Every part of the model is whole within this block, and none is training."
+    "The model as a run will print with it: within this block every part is whole, none is training, and weights are the average where one is kept."
     with ExitStack() as stack:
         for c in learn.cbs:
-            if isinstance(c, LetGo) and c.file: stack.enter_context(c.back())
+            if hasattr(c, 'back'): stack.enter_context(c.back())
         learn.model.eval()
         try: yield
         finally: learn.model.train()
@@ -462,6 +463,15 @@ class EMA(Callback):
         d = min(self.decay, (1 + self.learn.step)/(10 + self.learn.step))  # early on the average is short
         for n, p in _trainable(self.learn.model).items():
             self.avg[n] = torch.lerp(p.detach(), self.avg[n].to(p.device), d) if n in self.avg else p.detach().clone()
+
+    @contextmanager
+    def back(self):
+        "The weights are the average within this block."
+        own = [(p, p.data, self.avg[n].to(p.device)) for n, p in _trainable(self.learn.model).items() if n in self.avg]
+        for p, _, avg in own: p.data = avg
+        try: yield
+        finally:
+            for p, was, _ in own: p.data = was
 
 # %% ../nbs/12_callbacks.ipynb #6449d412
 class Prints(Callback):

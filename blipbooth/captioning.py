@@ -190,8 +190,8 @@ def check_size(self:Blip,
 ):
     "Refuse a size that the vision model cannot cut into patches."
     v = self.model.config.vision_config
-    if size is not None and (type(size) is not int or size < v.patch_size or size % v.patch_size):
-        raise BoothError(f"size={size!r}; it must be a multiple of the model's patches of {v.patch_size} pixels, such as {v.image_size}")
+    if size is not None and (type(size) is not int or not v.patch_size <= size <= 8192 or size % v.patch_size):
+        raise BoothError(f"size={size!r}; it must be a multiple of the model's patches of {v.patch_size} pixels, up to 8192, such as {v.image_size}")
 
 @patch
 @torch.no_grad()

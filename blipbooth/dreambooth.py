@@ -801,7 +801,7 @@ def build_learner(
     data, loss = training_set(concepts, pipe, resolution(cfg, pipe), cfg.seed, cfg.fit, cfg.flip, **data_options(cfg, out)), DreamBoothLoss(pipe, cfg)
     net = choose_parts(pipe, cfg)
     if cfg.gradient_checkpointing: _checkpointing(pipe)
-    if cfg.compile: net.compile()
+    if cfg.compile: net.compile(dynamic=False)  # a program for each shape
     opt = make_optimizer(cfg, parameter_groups(net, cfg, pipe))
     keep = run_callbacks(pipe, concepts, cfg, out, resume, anyway, acc.num_processes) if out else []
     own = [NaNGuard(), Progress(), Interrupts(), LetGo(*spare_parts(pipe, cfg)), *_halved(pipe, cfg), *([EMA(cfg.ema)] if cfg.ema else []), *([Track(config=_flat(cfg), logs=Path(out)/'logs' if out else None)] if cfg.trackers else [])]

@@ -505,6 +505,7 @@ def _check_size(pipe, size):
     unit, pair = math.lcm(8, factor), tuple(size) if hasattr(size, '__len__') else (size, size)
     if len(pair) != 2 or not all(isinstance(o, numbers.Integral) for o in pair): raise BoothError(f"size is {size!r}; it must be one whole number, or (height, width), in multiples of {unit}")
     h, w = pair
+    if max(pair) > 8192: raise BoothError(f"size {h} × {w} is beyond 8192 pixels a side, which no model was trained for and no machine holds; print smaller, and enlarge the picture")
     if any(o < unit or o % unit for o in (h, w)):
         near = ' × '.join(str(max(unit, round(o/unit)*unit)) for o in (h, w))
         raise BoothError(f"size {h} × {w} does not fit this model; both sides must be multiples of {unit}, such as {near}")
