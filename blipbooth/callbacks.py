@@ -184,8 +184,8 @@ def save_checkpoint(
     state, more = _state(learn, info)
     files = {**_split(_trainable(learn.model)), 'optimizer': moments, **({'more': more} if more else {}), **{c.file: c.tensors() for c in learn.cbs if hasattr(c, 'tensors')}}
     with atomic_dir(folder) as tmp, ThreadPoolExecutor() as pool:
-        waits = {}  # while a file goes to the disk and is summed up, the next one is written
-        for name, ts in files.items():
+        waits = {}  # while a file goes to the disk and is summed up, the next one is written: the largest first, so that the last wait is short
+        for name, ts in sorted(files.items(), key=lambda o: -sum(t.nbytes for t in o[1].values())):
             save_file(cpu(ts), f := tmp/f'{name}.safetensors')
             waits[f.name] = pool.submit(_flush, f), pool.submit(file_hash, f)
         for flush, _ in waits.values(): flush.result()
