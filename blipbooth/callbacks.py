@@ -287,14 +287,11 @@ class Checkpoints(Callback):
 
     def save(self):
         "Write this step's checkpoint, then let go of the oldest up to it; a damaged one beyond it counts for nothing."
-        self.time = time.monotonic()
         now = self.folder/f'step-{self.learn.step:06d}'
-        if self.learn.accelerator.is_main_process:
-            self.learn('before_save')
-            save_checkpoint(self.learn, now, self.info)
-            for f in [f for f in self.found() if f <= now][:-self.keep]:
-                if f != self.best(): shutil.rmtree(f)
-        self.learn('after_save')
+        self.learn('before_save')
+        save_checkpoint(self.learn, now, self.info)
+        for f in [f for f in self.found() if f <= now][:-self.keep]:
+            if f != self.best(): shutil.rmtree(f)
 
 # %% ../nbs/12_callbacks.ipynb #80edd9b2
 @patch
@@ -328,7 +325,7 @@ def restore(self:Checkpoints):
         if f > last: print(f'{f.name} is damaged; going on from {last.name}')
     old, new = load_json(last/'state.json')['info'], json.loads(json.dumps(self.info))
     differ = [f'{k}: {old.get(k)!r} was, {new.get(k)!r} is' for k in {**old, **new} if old.get(k) != new.get(k)]
-    if differ and not self.anyway: raise BoothError(f"{last} belongs to another run ({'; '.join(differ)}); give this one a folder of its own, or resume anyway (--anyway, in Python anyway=True)")
+    if differ and not self.anyway: raise BoothError(f"{last} belongs to another run ({'; '.join(differ)}); give this one a folder of its own, or resume all the same with anyway=True")
     load_checkpoint(self.learn, last, anew=bool(differ))
 
 # %% ../nbs/12_callbacks.ipynb #a2cb7cff
@@ -348,10 +345,13 @@ def due(self:Checkpoints):
 # %% ../nbs/12_callbacks.ipynb #2104d0bb
 @patch
 def attempt(self:Checkpoints): # what went wrong, or ''
-    "Save, as long as the disk allows it."
-    try: self.save()
-    except (OSError, SafetensorError) as e: return getattr(e, 'strerror', '') or str(e).splitlines()[0]
-    return ''
+    "Save, as long as the disk allows it; all processes know whether it did."
+    self.time, said = time.monotonic(), ''
+    try:
+        if self.learn.accelerator.is_main_process: self.save()
+    except (OSError, SafetensorError) as e: said = getattr(e, 'strerror', '') or str(e).splitlines()[0]
+    if not _anyone(self.learn.accelerator, bool(said)): self.learn('after_save')
+    return said
 
 @patch
 def after_step(self:Checkpoints):

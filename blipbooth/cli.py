@@ -139,7 +139,7 @@ def _class_prompts(noun, prompts, photos):
 # %% ../nbs/22_cli.ipynb #bfcd5a63
 def train(
     *config,            # a YAML file, and key=value overrides such as photos=my_dog/ class_noun=dog lr=1e-5
-    resume:str=None,    # run folder to go on with; its own configuration is read where no file is given
+    resume:str=None,    # run folder to go on with
     anyway:bool=False,  # go on even if configuration or photos are no longer those of the checkpoint
     dry_run:bool=False, # say what would train and what it would take, and stop
 ):

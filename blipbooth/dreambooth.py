@@ -820,6 +820,7 @@ def _accelerator(pipe, cfg, out):
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != cfg.mixed_precision: AcceleratorState._reset_state()
+    warnings.filterwarnings('ignore', '`broadcast_buffers` is deprecated')  # by a name that accelerate does not pass on yet
     alone = DistributedDataParallelKwargs(broadcast_buffers=False)  # processes may differ in their number of forwards, one a shape; only the backward is shared
     return Accelerator(mixed_precision=cfg.mixed_precision, cpu=pipe.device.type == 'cpu', log_with=cfg.trackers or None, project_dir=Path(out)/'logs' if out and cfg.trackers else None, kwargs_handlers=[alone])
 
