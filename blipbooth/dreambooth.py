@@ -162,7 +162,7 @@ class DreamBoothConfig:
     accumulate:int = _f(1, 'micro-batches a step adds up')
     ema:float = _f(0., 'share of the past in a moving average of the weights, which is then what the run prints with; 0: none; usual .99 to .9999')
     gradient_checkpointing:bool = _f(False, 'compute activations twice instead of keeping them: less memory, more time')
-    compile:bool = _f(False, 'compile what trains (torch.compile): minutes at the first step, quicker ones afterwards on a GPU')
+    compile:bool = _f(False, 'compile what trains (torch.compile): minutes at the first step of a first run, quicker steps afterwards, more memory')
     train:TrainConfig = _sub(TrainConfig, 'which parts learn')
     loss:LossConfig = _sub(LossConfig, 'how the error is measured')
     data:DataConfig = _sub(DataConfig, 'how samples are made')
