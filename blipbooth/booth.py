@@ -32,7 +32,8 @@ def check_readers(
     "Refuse a captioner or a matcher that is not there, and warn where the bundled ones would read what they do not know."
     for kind in ('captioner', 'matcher'): resolve_model(getattr(cfg, kind) or None, kind)
     if is_small(pipe) or cfg.captioner and cfg.matcher: return
-    warnings.warn("the bundled captioner and matcher know emoji and little else; captions and scores are worth more with ones that know such photos, say captioner=Salesforce/blip-image-captioning-base matcher=Salesforce/blip-itm-base-coco")
+    warnings.warn("the bundled captioner and matcher know emoji and little else; captions and scores are worth more with ones that know such photos, "
+                  "say captioner=Salesforce/blip-image-captioning-base matcher=Salesforce/blip-itm-base-coco")
 
 # %% ../nbs/20_booth.ipynb #6443910c
 class Booth:

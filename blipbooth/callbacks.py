@@ -211,7 +211,9 @@ def load_weights(
     "Put a checkpoint's trained weights into a model."
     if not whole(folder): raise BoothError(f"the checkpoint {folder} is damaged; resume from an earlier one")
     own, parts = _named(model), {k.partition('.')[0] for k in load_json(Path(folder)/'state.json')['trained']}
-    found = load_file(Path(folder)/'ema.safetensors') if average and (Path(folder)/'ema.safetensors').exists() else {f'{k}.{n}': v for k in sorted(parts) for n, v in load_file(Path(folder)/f'{k}.safetensors').items()}
+    mean = Path(folder)/'ema.safetensors'
+    if average and mean.exists(): found = load_file(mean)
+    else: found = {f'{k}.{n}': v for k in sorted(parts) for n, v in load_file(Path(folder)/f'{k}.safetensors').items()}
     for n, v in found.items():
         if n not in own: raise BoothError(f"the checkpoint {folder} trains {n}, which this model does not have; use the config it was made with")
         if own[n].shape != v.shape: raise BoothError(f"{n} has {list(v.shape)} numbers in the checkpoint {folder}, and {list(own[n].shape)} here; use the config it was made with")

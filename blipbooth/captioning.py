@@ -279,7 +279,8 @@ def _check_together(config, longest):
     for least, most in ('min_new_tokens', 'max_new_tokens'), ('min_length', 'max_length'):
         lo, hi = getattr(config, least) or 0, getattr(config, most)
         if hi and lo > hi: raise BoothError(f"{least}={lo} is more than {most}={hi}; lower the one or raise the other")
-    for least, lo, most, hi in ('min_length', (config.min_length or 0) - longest, 'max_new_tokens', config.max_new_tokens), ('min_new_tokens', config.min_new_tokens or 0, 'max_length', (config.max_length or 0) - longest):
+    for least, lo, most, hi in (('min_length', (config.min_length or 0) - longest, 'max_new_tokens', config.max_new_tokens),
+                                ('min_new_tokens', config.min_new_tokens or 0, 'max_length', (config.max_length or 0) - longest)):
         if getattr(config, most) and lo > hi: raise BoothError(f"{least}={getattr(config, least)} is more than {most}={getattr(config, most)} allows after a prompt of {longest} tokens; lower the one or raise the other")
 
 # %% ../nbs/03_captioning.ipynb #aeae2bd0

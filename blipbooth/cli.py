@@ -56,7 +56,8 @@ def caption(
     said = Wording(template, token, noun, [o.strip() for o in synonyms.split(',') if o.strip()], prefix, suffix)
     if out or sidecars:
         if Path(path).is_file(): raise BoothError(f"{path} is one picture; --out and --sidecars are for folders: give the folder, or leave them out")
-        done = Captioner.from_pretrained(model).caption_folder(path, out, sidecars, recursive, overwrite=overwrite, strict=strict, caption_extension=caption_extension, wording=None if said == Wording() else said, where=where, **how)
+        done = Captioner.from_pretrained(model).caption_folder(path, out, sidecars, recursive, overwrite=overwrite, strict=strict,
+            caption_extension=caption_extension, wording=None if said == Wording() else said, where=where, **how)
         if os.environ.get('RANK', '0') == '0': print(done)
     elif overwrite or where: raise BoothError(f"--{'overwrite' if overwrite else 'where'} without --out or --sidecars: nothing is written; add one of them or leave it out")
     elif Path(path).is_dir(): _print_captions(model, path, recursive, strict, {**how, 'wording': said})
@@ -117,7 +118,8 @@ def priors(
     p = said if check else suited_priors(said, pipe)
     judge = dict(matcher=Matcher.from_pretrained(matcher) if p.threshold or p.dedupe or p.candidates > 1 else None, threshold=p.threshold, dedupe=dedupe)
     if check: made = load_priors(out, noun, **judge)
-    else: made = make_priors(pipe, noun, p.n if n is None else n, out, seed, _class_prompts(noun, prompts, photos), **judge, steps=steps, guidance=guidance, batch=batch, tries=tries, candidates=p.candidates)
+    else: made = make_priors(pipe, noun, p.n if n is None else n, out, seed, _class_prompts(noun, prompts, photos),
+        **judge, steps=steps, guidance=guidance, batch=batch, tries=tries, candidates=p.candidates)
     print(f'{made}: {made.folder}')
     print('\n'.join(f'{k.replace("_", " "):18}{v}' for k, v in made.summary().items()))
 
@@ -216,14 +218,16 @@ def sample(
     from blipbooth.core import BoothError, for_writing
     from blipbooth.diffusion import Guidance
     from blipbooth.sampling import sample as run_sample, save_print, suited_guidance
-    given = dict(n=n, steps=steps, guidance=guidance, how=how, schedule=schedule, negative=negative, seed=seed, scheduler=scheduler, strength=strength, long=long, size=size, interval=interval, rescale=rescale, tiling=tiling)
+    given = dict(n=n, steps=steps, guidance=guidance, how=how, schedule=schedule, negative=negative, seed=seed, scheduler=scheduler,
+        strength=strength, long=long, size=size, interval=interval, rescale=rescale, tiling=tiling)
     if like: recipe = _again(like, prompt, given, init, mask)
     elif not prompt: raise BoothError('0 prompts; give at least one, such as "a fox on a red background", or a print with --like')
     elif not run and (open_place := next((o for o in prompt if '{subject}' in o), None)): raise BoothError(f"the prompt {open_place!r} has a place for a subject; name the run that learned it with --run, or write the subject in its place")
     pipe, subject = _printer(run, model, recipe.get('precision') if like else None)
     if not like:
         recipe = {k: v for k, v in given.items() if k not in ('how', 'schedule')}
-        recipe.update(prompt=list(prompt), guidance=Guidance(suited_guidance(pipe) if guidance is None else guidance, how, schedule), interval=_span(interval), init=init, mask=mask, subject=subject, tiling=tiling or None)
+        guide = Guidance(suited_guidance(pipe) if guidance is None else guidance, how, schedule)
+        recipe.update(prompt=list(prompt), guidance=guide, interval=_span(interval), init=init, mask=mask, subject=subject, tiling=tiling or None)
     with for_writing(out) as folder:
         for i, im in enumerate(run_sample(pipe, batch=batch, **recipe)):
             made = im.info['recipe']

@@ -286,13 +286,15 @@ def check(self:DreamBoothConfig):
     for k, names in _CHOICES.items():
         *first, last = [o or 'empty' for o in names]
         if _get(self, k) not in names: raise BoothError(f"{k}={_get(self, k)!r} is unknown; it is {', '.join(first)} or {last}")
-    if self.schedule not in ('constant', 'linear', 'cosine') and '.' not in self.schedule: raise BoothError(f"schedule={self.schedule!r} is unknown; it is constant, linear or cosine, or a dotted name such as torch.optim.lr_scheduler.StepLR")
+    if self.schedule not in ('constant', 'linear', 'cosine') and '.' not in self.schedule:
+        raise BoothError(f"schedule={self.schedule!r} is unknown; it is constant, linear or cosine, or a dotted name such as torch.optim.lr_scheduler.StepLR")
     preset(self.preset)
     finds_its_own = any(o in self.optimizer.lower() for o in ('prodigy', 'dadapt'))  # these take lr=1 as a factor
     for k in ('lr', 'train.unet_lr', 'train.text_encoder_lr', 'train.token_lr'):
         if _get(self, k) >= .1 and not finds_its_own: raise BoothError(f"{k}={_get(self, k)} would destroy the model; usual values are 1e-6 to 1e-3")
     if self.loss.t_max and self.loss.t_max <= self.loss.t_min: raise BoothError(f"loss.t_max={self.loss.t_max} leaves no timestep from loss.t_min={self.loss.t_min} on; raise it, or 0 for all")
-    if self.checkpoint.patience and not self.checkpoint.best: raise BoothError(f"checkpoint.patience={self.checkpoint.patience} waits for a better checkpoint, and checkpoint.best is empty; say checkpoint.best=subject_fidelity, or leave it out")
+    if self.checkpoint.patience and not self.checkpoint.best:
+        raise BoothError(f"checkpoint.patience={self.checkpoint.patience} waits for a better checkpoint, and checkpoint.best is empty; say checkpoint.best=subject_fidelity, or leave it out")
     if self.min_snr and self.loss.weighting != 'none': raise BoothError(f"min_snr={self.min_snr:g} and loss.weighting={self.loss.weighting} both weigh the timesteps; leave one of them out")
     if (self.train.unet, self.train.text_encoder, self.train.token) == ('off', 'off', False): raise BoothError("nothing trains: train.unet and train.text_encoder are off and train.token is false; turn one on")
     return self
@@ -651,7 +653,8 @@ def _made(what, f, x, args, key):
     "An optimizer or a schedule with the configured arguments."
     try: made = f(x, **args)
     except (TypeError, ValueError, AttributeError, KeyError) as e: raise BoothError(f"the {what} does not take {key}={args}: {str(e).partition(chr(10))[0]}") from None
-    if not (hasattr(made, 'step') and hasattr(made, 'state_dict')): raise BoothError(f"{what} makes a {type(made).__name__}, which takes no steps; name an optimizer such as torch.optim.AdamW, or a schedule such as torch.optim.lr_scheduler.StepLR")
+    if not (hasattr(made, 'step') and hasattr(made, 'state_dict')):
+        raise BoothError(f"{what} makes a {type(made).__name__}, which takes no steps; name an optimizer such as torch.optim.AdamW, or a schedule such as torch.optim.lr_scheduler.StepLR")
     return made
 
 def make_optimizer(
@@ -681,7 +684,10 @@ def _try_out(cfg, device):
     try:
         opt.step()
         for done in range(max(1, cfg.steps) if '.' in cfg.schedule else 1): sched.step()
-    except (TypeError, ValueError, RuntimeError) as e: raise BoothError(f"optimizer={cfg.optimizer} with schedule={cfg.schedule} cannot take {f'step {done + 1} of {cfg.steps}' if done else 'a step'} ({str(e).partition(chr(10))[0]}); check optimizer_args={dict(cfg.optimizer_args)} and schedule_args={dict(cfg.schedule_args)}") from None
+    except (TypeError, ValueError, RuntimeError) as e:
+        which = f'step {done + 1} of {cfg.steps}' if done else 'a step'
+        raise BoothError(f"optimizer={cfg.optimizer} with schedule={cfg.schedule} cannot take {which} ({str(e).partition(chr(10))[0]}); "
+                         f"check optimizer_args={dict(cfg.optimizer_args)} and schedule_args={dict(cfg.schedule_args)}") from None
 
 def _next(x): return x + 1
 
@@ -726,7 +732,8 @@ def made_with(
     concepts, # what was learned
 ) -> dict:
     "What must not change between a run and its resumption."
-    free = ['out', 'photos', 'min_photos', 'preset', 'concepts', 'data.masks', 'data.cache', 'trackers', 'captioner', 'matcher', 'prior.candidates'] + [k for k in config_fields() if k.startswith(('checkpoint.', 'prints.'))] + ['steps']*(cfg.schedule == 'constant') + ['compile']*(not cfg.compile)
+    free = ['out', 'photos', 'min_photos', 'preset', 'concepts', 'data.masks', 'data.cache', 'trackers', 'captioner', 'matcher', 'prior.candidates',
+            *(k for k in config_fields() if k.startswith(('checkpoint.', 'prints.'))), *['steps']*(cfg.schedule == 'constant'), *['compile']*(not cfg.compile)]
     info = {k: v for k, v in _flat(cfg).items() if k not in free}
     all_of = lambda f: [x for c in concepts for x in f(c)]
     info |= dict(photo_hashes=all_of(lambda c: [p.hash for p in c.photos]), captions=all_of(lambda c: c.captions), priors=all_of(lambda c: [r['hash'] for r in c.priors.kept] if c.priors else []))
@@ -804,7 +811,9 @@ def build_learner(
     if cfg.compile: net.compile(dynamic=False)  # a program for each shape
     opt = make_optimizer(cfg, parameter_groups(net, cfg, pipe))
     keep = run_callbacks(pipe, concepts, cfg, out, resume, anyway, acc.num_processes) if out else []
-    own = [NaNGuard(), Progress(), Interrupts(), LetGo(*spare_parts(pipe, cfg)), *_halved(pipe, cfg), *([EMA(cfg.ema)] if cfg.ema else []), *([Track(config=_flat(cfg), logs=Path(out)/'logs' if out else None)] if cfg.trackers else [])]
+    own = [NaNGuard(), Progress(), Interrupts(), LetGo(*spare_parts(pipe, cfg)), *_halved(pipe, cfg)]
+    if cfg.ema: own.append(EMA(cfg.ema))
+    if cfg.trackers: own.append(Track(config=_flat(cfg), logs=Path(out)/'logs' if out else None))
     return Learner(net, data, loss, opt, cfg.steps, make_schedule(cfg, opt), [*own, *keep, *cbs], acc, cfg.batch_size, cfg.accumulate, cfg.clip)
 
 # %% ../nbs/13_dreambooth.ipynb #b7d1c002
@@ -822,7 +831,8 @@ def _accelerator(pipe, cfg, out):
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != cfg.mixed_precision: AcceleratorState._reset_state()
     warnings.filterwarnings('ignore', '`broadcast_buffers` is deprecated')  # by a name that accelerate does not pass on yet
     alone = DistributedDataParallelKwargs(broadcast_buffers=False)  # processes may differ in their number of forwards, one a shape; only the backward is shared
-    return Accelerator(mixed_precision=cfg.mixed_precision, cpu=pipe.device.type == 'cpu', log_with=cfg.trackers or None, project_dir=Path(out)/'logs' if out and cfg.trackers else None, kwargs_handlers=[alone])
+    return Accelerator(mixed_precision=cfg.mixed_precision, cpu=pipe.device.type == 'cpu', log_with=cfg.trackers or None,
+        project_dir=Path(out)/'logs' if out and cfg.trackers else None, kwargs_handlers=[alone])
 
 def _checkpointing(pipe):
     pipe.unet.enable_gradient_checkpointing()

@@ -203,7 +203,8 @@ def model_card(
     licence, hub = license or licence_of(cfg.model), bool(re.fullmatch(r'[\w.-]+/[\w.-]+', cfg.model)) and not Path(cfg.model).exists()
     tags = ['text-to-image', 'stable-diffusion', 'diffusers', 'dreambooth', 'blipbooth'] + (['lora'] if format in ('lora', 'kohya') else [])
     data = ModelCardData(license=licence, base_model=cfg.model if hub else None, library_name='diffusers', pipeline_tag='text-to-image', tags=tags, instance_prompt=f'a {names[0]}')
-    what = f"{'One subject' if len(names) == 1 else f'{len(names)} subjects'}, learned with DreamBooth from a few photos by blipbooth. In a prompt it is called " + ', or '.join(f'`{o}`' for o in names) + '.'
+    many = 'One subject' if len(names) == 1 else f'{len(names)} subjects'
+    what = f"{many}, learned with DreamBooth from a few photos by blipbooth. In a prompt it is called {', or '.join(f'`{o}`' for o in names)}."
     beside = [f"The embedding of `<{t}>` lies in `{f}`; without it, `<{t}>` means nothing." for t, f in files.items()]
     left = [k for k in ('unet', 'text_encoder') if getattr(cfg.train, k) == 'full'] if format in ('lora', 'kohya') else []
     if left: beside.append(f"The {' and the '.join(left)} was trained in full, which this format does not hold; prints of the whole run look otherwise.")

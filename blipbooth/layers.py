@@ -153,7 +153,8 @@ class NarrowHeads(AttnProcessor2_0):
         return attn.to_out[1](attn.to_out[0](attend(q, k, v)))
 
 def _narrow(attn, x, context):
-    if not x.dtype == context.dtype == torch.float32 or x.device.type != 'cpu' or x.ndim != 3 or torch.is_autocast_enabled('cpu') or torch.compiler.is_compiling() or not _plain(attn): return False
+    if torch.is_autocast_enabled('cpu') or torch.compiler.is_compiling(): return False
+    if not x.dtype == context.dtype == torch.float32 or x.device.type != 'cpu' or x.ndim != 3 or not _plain(attn): return False
     looks = attn.heads*x.shape[1]*context.shape[1]
     return attn.inner_dim <= 32*attn.heads and looks <= 1<<20 and (looks > 1<<15 or not torch.is_grad_enabled()) # backward of few is quicker all at once
 

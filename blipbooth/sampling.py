@@ -459,7 +459,8 @@ def decode(
 
 def _overflow(dtype):
     dtype = str(dtype).removeprefix('torch.')
-    mend = "the guidance may be too large (up to 20 is usual): print with less" if dtype == 'float32' else f"load the model with dtype '{'bfloat16' if dtype == 'float16' else 'float32'}' or print with less guidance"
+    if dtype == 'float32': mend = "the guidance may be too large (up to 20 is usual): print with less"
+    else: mend = f"load the model with dtype '{'bfloat16' if dtype == 'float16' else 'float32'}' or print with less guidance"
     return BoothError(f"a print has pixels that are no numbers, computed in {dtype}; {mend}, and if that is no help get the model again")
 
 # %% ../nbs/08_sampling.ipynb #7cf7186c
@@ -826,7 +827,8 @@ def sample(
     with _tiled(pipe.vae, tiling) as tiling: prints = _print(pipe, jobs, batch or _batch_size(pipe, size), callback, long, restore_mean, each, return_latents=return_latents,
         size=size, guidance=guidance, scheduler=own, steps=steps, strength=strength or 1.)
     if return_latents: return prints
-    return _signed(prints, jobs, guidance, _named(scheduler), tiling=tiling, steps=steps, size=list(size), strength=strength, model=model, precision=_precision(pipe), long=long, restore_mean=restore_mean)
+    return _signed(prints, jobs, guidance, _named(scheduler), tiling=tiling, steps=steps, size=list(size), strength=strength,
+        model=model, precision=_precision(pipe), long=long, restore_mean=restore_mean)
 
 # %% ../nbs/08_sampling.ipynb #a0c8ae6f
 def _jobs(pipe, prompt, negative, subject, seed, n, index, guidance, init, mask, long):
