@@ -868,7 +868,8 @@ def save_print(
     path, # where to; a PNG, which loses nothing
 )->Path: # the file
     "Save a print with its recipe, whole or not at all."
-    path, recipe = Path(path), image.info.get('recipe')
+    if not isinstance(image, Image.Image): raise BoothError(f"a {type(image).__name__} is no print; save the prints of `sample` one by one")
+    path, recipe = Path(path).expanduser(), image.info.get('recipe')
     if path.suffix.lower() != '.png': raise BoothError(f"{path} would not be a PNG; prints are kept as PNG, which loses nothing and holds the recipe")
     if recipe is None: raise BoothError("this picture has no recipe; save a print as `sample` returned it, before it is changed")
     text, data = PngImagePlugin.PngInfo(), io.BytesIO()
@@ -880,6 +881,7 @@ def read_recipe(
     path, # a PNG that `save_print` wrote
 )->dict: # arguments for `sample`
     "What a print was made from."
+    if not isinstance(path, (str, Path)): raise BoothError(f"a {type(path).__name__} is no file; give the path of a PNG, the recipe of a print is in its .info")
     load_image(path) # says what is wrong with a file that is no picture
     with Image.open(Path(path).expanduser()) as image: text = image.info.get('blipbooth')
     try: recipe = json.loads(text or '')
