@@ -832,7 +832,7 @@ def sample(
 def _jobs(pipe, prompt, negative, subject, seed, n, index, guidance, init, mask, long):
     "Every image to print, checked."
     prompts = [fill(o, subject) for o in ([prompt] if isinstance(prompt, str) or not hasattr(prompt, '__iter__') else prompt)]
-    negatives = [fill(o, subject) for o in _each(negative or '', prompts, 'negative')]
+    negatives = [fill('' if o is None else o, subject) for o in _each(negative, prompts, 'negative')]
     for o, empty in (prompts, False), (negatives, True): _check_prompts(pipe, o, empty, long)
     doses, seeds = _doses(guidance.g, prompts, n), _each(seed, prompts, 'seed')
     for o in seeds: _check_whole('seed', o, -math.inf, "it must be a whole number")
