@@ -16,6 +16,7 @@ from importlib import import_module
 from pathlib import Path
 
 import diffusers, torch
+from fastcore.foundation import L
 from PIL import Image, ImageDraw, PngImagePlugin
 from .core import BoothError, Settings, atomic_write, generator, load_json, nearest, progress, randn, resolve_model, weights_hash
 from .decoding import quiet_transformers
@@ -554,7 +555,8 @@ def _pictures(x, prompts, name):
     "A photo for each prompt, or none, from one photo or a list of them."
     if x is None: return [None]*len(prompts)
     if isinstance(x, dict) and 'hash' in x: raise BoothError(f"this print began with a picture ({name} {x['hash']}) that its recipe only names; give the picture with {name}=")
-    if not isinstance(x, (list, tuple)): return [load_image(x)]*len(prompts)
+    if getattr(x, 'ndim', 0) == 4: x = list(x) # a batch
+    if not isinstance(x, (list, tuple, L)): return [load_image(x)]*len(prompts)
     return [load_image(o, f'picture {i} in {name}') for i, o in enumerate(_each(x, prompts, name))]
 
 def _known(pipe, jobs, size):
