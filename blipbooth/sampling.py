@@ -919,6 +919,8 @@ def sweep(
     twice = {row} & {col} or {row, col} & {*kwargs}
     if twice: raise BoothError(f"{min(twice)} is given twice; give it once, on one axis or for the whole table")
     if 'prompt' not in (row, col, *kwargs): raise BoothError("nothing says what to print; give prompt=, or make it an axis")
+    for o in rows if row == 'prompt' else cols if col == 'prompt' else [kwargs['prompt']]:
+        if not isinstance(o, str): raise BoothError(f"prompt {o!r} in a table of single prints; give one text, or make the prompts an axis")
     return _table([_line(pipe, col, cols, {**kwargs, row: o}) for o in rows], [_label(row, o) for o in rows], [_label(col, o) for o in cols], cell)
 
 # %% ../nbs/08_sampling.ipynb #72c0535d
