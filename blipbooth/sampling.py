@@ -256,7 +256,8 @@ def fill(
         if o != 'subject': raise BoothError(f"the prompt {prompt!r} has a place {{{o}}}, and only {{subject}} can be filled; did you mean {{subject}}?")
     if '{subject}' not in prompt: return prompt
     if not str(subject or '').strip(): raise BoothError(f"the prompt {prompt!r} has a place for a subject, and there is none; give it, such as subject='sks dog'")
-    return prompt.replace('{subject}', str(subject))
+    if not isinstance(subject, str): raise BoothError(f"subject {subject!r} is not text; give one, such as 'sks dog'")
+    return prompt.replace('{subject}', subject)
 
 # %% ../nbs/08_sampling.ipynb #07722bbf
 def ask(
