@@ -851,7 +851,8 @@ class Preview:
         every:int=5, # steps from one preview to the next
         show=None, # called with a picture of the batch each time, such as `live()`
     ):
-        if every < 1: raise BoothError(f"every is {every}; it must be at least 1 step")
+        _check_whole('every', every, 1, "it must be at least 1 step")
+        if show is not None and not callable(show): raise BoothError(f"show is {show!r}; give a function of a picture, such as live()")
         self.pipe, self.every, self.show, self.steps, self.images = pipe, every, show, [], []
     def __call__(self, step, total, latents):
         if step % self.every and step != total: return
