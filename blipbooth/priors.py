@@ -209,7 +209,7 @@ def load_priors(
 def _settings(pipe, class_noun, seed, prompts, matcher, choice, how):
     "What has to be equal for a folder to be gone on with, as plain values."
     judge = matcher and dict(model=weights_hash(matcher.model.named_parameters()), **choice)
-    plain = lambda x: x.changes() if isinstance(x, Guidance) else dict(x.config) if hasattr(x, 'config') else str(x)
+    plain = lambda x: x.changes() if isinstance(x, Guidance) else dict(x.config) if hasattr(x, 'config') else x.tolist() if hasattr(x, 'tolist') else str(x)
     return json.loads(json.dumps(dict(model=fingerprint(pipe), class_noun=class_noun, seed=seed, prompts=prompts, matcher=judge, **how), default=plain))
 
 def _safe(noun): return re.sub(r'[\x00-\x1f /\\:*?"<>|]', '-', noun).lstrip('.')[:80] # as part of a folder's name
