@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch
-from fastcore.basics import patch
+from fastcore.basics import listify, patch
 from filelock import FileLock, Timeout
 from PIL import Image
 from .core import (BoothError, append_jsonl, atomic_write, file_hash, generator, load_json, out_dir, progress, randn, read_jsonl, save_json,
@@ -72,6 +72,9 @@ def class_prompts(
     templates=('{class}',), # ways to say it, with {class} for "a fox" or {noun} for "fox"
 ) -> list:          # prompts without the rare token
     "Prompts for class images: each template in each of the photos' places."
+    captions, templates = listify(captions), listify(templates)
+    odd = [o for o in (*captions, *templates) if not isinstance(getattr(o, 'text', o), str)]
+    if odd: raise BoothError(f"{str(odd[0])[:60]!r} is not text; give captions such as 'a fox in the snow', and templates such as 'a photo of {{class}}'")
     bad = [t for t in templates if '{class}' not in t and '{noun}' not in t]
     if bad or not templates: raise BoothError(f"the template {bad[0] if bad else ''!r} names no class; write it with {{class}}, such as 'a photo of {{class}}'")
     if class_noun and not isinstance(class_noun, str): raise BoothError(f"class noun {class_noun!r} is not text; say what the subject is, such as fox")
