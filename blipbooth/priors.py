@@ -393,7 +393,7 @@ class _ClassHalf:
     "A training set whose class samples are made when they are asked for; as a callback, it puts itself in place."
     order = 5
     def __init__(self, pipe, class_noun, seed, prompts):
-        self.pipe, self.seed, self.prompts, self.data, self.per_step = pipe, seed, _as_list(class_prompts(class_noun) if prompts is None else prompts), None, 1
+        self.pipe, self.seed, self.prompts, self.data, self.per_step = pipe, seed, [fill(o) for o in _as_list(class_prompts(class_noun) if prompts is None else prompts)], None, 1
         _check_prompts(pipe, self.prompts)
         self.mark, self.scale, self.T = fingerprint(pipe), pipe.vae.config.scaling_factor, pipe.scheduler.config.num_train_timesteps
         self.ids = pipe.tokenizer(self.prompts, padding='max_length', max_length=_token_limit(pipe), return_tensors='pt').input_ids
