@@ -851,7 +851,7 @@ def name_subject(
 )->str: # the sentence with `token noun` in it, or unchanged if it holds none of the words
     "Put the subject's name in the place of its noun and its article."
     words = '|'.join(re.escape(o) for o in sorted([noun, *synonyms], key=len, reverse=True))
-    return re.sub(rf'(?<![\w-])(?:(?:an?|the) )?(?:{words})(?![\w-])', lambda m: f'{token} {noun}', caption, count=1, flags=re.I)
+    return re.sub(rf'(?<![\w-])(?:(?:an?|the) )?(?:{re.escape(token)} )?(?:{words})(?![\w-])', lambda m: f'{token} {noun}', caption, count=1, flags=re.I)
 
 # %% ../nbs/03_captioning.ipynb #c0de0005
 @dataclass
@@ -867,6 +867,8 @@ class Wording:
         self.synonyms = listify(self.synonyms)
         for k, v in asdict(self).items():
             if not all(isinstance(o, str) for o in (v if k == 'synonyms' else [v])): raise BoothError(f"{k}={v!r} is not a string; give words")
+        for o in (*filter(None, (self.token, self.noun)), *self.synonyms):
+            if not o or o != o.strip(): raise BoothError(f"{o!r} is empty or has spaces around it, and no caption holds that; write the word alone")
         try: holes = {h for _, h, _, _ in string.Formatter().parse(self.template) if h is not None}
         except ValueError as e: raise BoothError(f"template {self.template!r} cannot be read ({e}); write a single brace twice") from None
         known = ['caption', *(k for k in ('token', 'noun') if getattr(self, k))]
