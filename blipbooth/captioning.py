@@ -716,6 +716,7 @@ def count_pictures(
 )->int: # one or more
     "How many pictures `picture_files` will find; a `BoothError` if there are none."
     if not isinstance(folder, (str, Path)): raise BoothError(f"{folder!r} is not a folder; give a path")
+    if str(folder) == '': raise BoothError("'' is no folder; give a path, '.' for the one you are in")
     top = Path(folder).expanduser()
     if not top.is_dir(): raise BoothError(f"{folder} is a file; give the folder it is in" if top.exists() else f"there is no folder {folder}; check the path")
     def count(inside): return sum(count(inside/name) if is_folder else 1 for name, is_folder in _entries(inside) if recursive or not is_folder)
