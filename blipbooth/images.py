@@ -140,6 +140,7 @@ def _photo_files(folder):
 def _sources(src):
     "What to load, one by one."
     if isinstance(src, (str, Path)):
+        if str(src) == '': raise BoothError("'' is no folder or file; give a path, '.' for the folder you are in")
         path = Path(src).expanduser()
         if not path.exists(): raise BoothError(f"there is no folder or file {path}; {_look(path)}")
         return _photo_files(path) if path.is_dir() else [path]
