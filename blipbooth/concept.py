@@ -34,7 +34,7 @@ def personalise(
 ) -> str:           # the caption with the subject's name
     "Put the subject's name in the place of the class noun and its article."
     subject = f'{token} {class_noun}'
-    out, n = re.subn(rf'\b(?:(an?|the) )?((?:small|large) )?{re.escape(class_noun)}\b', lambda m: f"{m[1] and 'a ' or ''}{m[2] or ''}{subject}", str(caption), count=1)
+    out, n = re.subn(rf'(?<![\w-])(?:(an?|the) )?((?:small|large) )?{re.escape(class_noun)}(?![\w-])', lambda m: f"{m[1] and 'a ' or ''}{m[2] or ''}{subject}", str(caption), count=1, flags=re.I)
     return out if n else f'a {subject}'
 
 # %% ../nbs/10_concept.ipynb #8654210e
