@@ -133,7 +133,7 @@ def _class_prompts(noun, prompts, photos):
     if prompts and photos: raise BoothError("--prompts and --photos both say what to draw; leave one out")
     if photos: return class_prompts(noun, Captioner.from_pretrained()(photos, prompt=article(noun)))
     if not prompts: return None
-    try: lines = [o.strip() for o in Path(prompts).expanduser().read_text().splitlines() if o.strip()]
+    try: lines = [o.strip() for o in Path(prompts).expanduser().read_text(encoding='utf-8-sig').splitlines() if o.strip()]
     except (OSError, UnicodeDecodeError) as e: raise BoothError(f"{prompts} cannot be read ({type(e).__name__}); give a text file with a prompt in each line") from None
     if not lines: raise BoothError(f"{prompts} holds 0 prompts; write one in each line")
     return lines
