@@ -628,11 +628,13 @@ def __call__(self:Captioner,
     photos = load_images(images)
     prompts = [prompt]*len(photos) if isinstance(prompt, str) or not hasattr(prompt, '__iter__') else list(prompt)
     ids = self.prompt_ids(prompts, len(photos))
-    config, rest = decoding_config(longest=max(map(len, ids)), positions=self.text_config.max_position_embeddings, **_word_options(self, decoding))
+    options = dict(_word_options(self, decoding), positions=self.text_config.max_position_embeddings)
+    configs = {n: decoding_config(longest=n, **options) for n in sorted({*map(len, ids)}, reverse=True)} # a prompt's length decides how many words are left
+    config, rest = next(iter(configs.values()))
     seed, res = rest.pop('seed', None), [None]*len(photos)
     beam_dice = seed is not None and config.do_sample and rest.get('custom_generate') is not seeded_sample
     for part in same_length(ids, 1 if beam_dice or _alone(config, rest) else batch_size):
-        found = self._caption_batch([photos[i] for i in part], [ids[i] for i in part], [prompts[i] for i in part], fit, size, config, rest, seed)
+        found = self._caption_batch([photos[i] for i in part], [ids[i] for i in part], [prompts[i] for i in part], fit, size, configs[len(ids[part[0]])][0], rest, seed)
         for i, c in zip(part, found): res[i] = c
     return L(res)
 
