@@ -305,13 +305,19 @@ def _check_names(config, rest):
 def _is_ids(x): return isinstance(x, (list, tuple)) and len(x) > 0 and all(type(o) is int and o >= 0 for o in x)
 def _are(test): return lambda x: isinstance(x, (list, tuple)) and len(x) > 0 and all(map(test, x))
 
+_an_end, _ids_or_none = ('an id, or a list of ids', lambda v: type(v) is int or _is_ids(v)), ('a list of ids', lambda v: v == [] or _is_ids(v))
+
 _shapes = dict(
-    bad_words_ids=('a list of lists of ids', _are(_is_ids)), eos_token_id=('an id, or a list of ids', lambda v: type(v) is int or _is_ids(v)),
+    bad_words_ids=('a list of lists of ids', _are(_is_ids)), eos_token_id=_an_end,
     force_words_ids=('a list of phrases or of lists of phrases, a phrase a list of ids', _are(lambda o: _is_ids(o) or _are(_is_ids)(o))),
     prompt_lookup_num_tokens=_whole(1), diversity_penalty=('a number from 0', lambda v: type(v) in (int, float) and 0 <= v < float('inf')),
+    do_sample=('True or False', lambda v: isinstance(v, int)), suppress_tokens=_ids_or_none, begin_suppress_tokens=_ids_or_none, forced_bos_token_id=_whole(0), forced_eos_token_id=_an_end,
+    max_time=_real(), encoder_repetition_penalty=_real(), encoder_no_repeat_ngram_size=_whole(0), prefix_allowed_tokens_fn=('a function', callable),
+    exponential_decay_length_penalty=('(first word, factor)', lambda v: isinstance(v, (list, tuple)) and len(v) == 2 and all(type(o) in (int, float) for o in v)),
+    sequence_bias=('a list of [ids, bias], a bias with its decimal point', lambda v: _are(lambda o: len(o) == 2 and _is_ids(o[0]) and type(o[1]) is float)(list(v.items()) if isinstance(v, dict) else v)),
     custom_generate=('a function', lambda v: callable(v) or isinstance(v, str)), streamer=('a streamer, such as a TextIteratorStreamer', lambda v: hasattr(v, 'put') and hasattr(v, 'end')),
     assistant_model=("a decoder, such as another captioner's model.text_decoder", lambda v: isinstance(v, torch.nn.Module) and hasattr(v, 'generate') and not hasattr(v, 'vision_model')))
-_no_use = 'guidance_scale low_memory token_healing is_assistant negative_prompt_ids negative_prompt_attention_mask'.split()
+_no_use = 'guidance_scale low_memory token_healing is_assistant cache_implementation synced_gpus negative_prompt_ids negative_prompt_attention_mask'.split()
 
 def _check_shapes(config, rest):
     "Options that transformers would stumble over in the middle of its work."
