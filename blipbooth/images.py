@@ -10,6 +10,7 @@ import io, math, re, warnings
 import numpy as np
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from fastcore.foundation import L
@@ -172,7 +173,9 @@ def fit(
 )->Image.Image: # RGB, exactly `size`
     "Resize a picture to `size`, bicubic."
     if mode not in _fits: raise BoothError(f"no way to fit called {mode!r}; {_choices(mode, _fits)}")
-    h, w = (size, size) if isinstance(size, int) else size
+    pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    if len(pair) != 2 or not all(isinstance(o, Integral) and o > 0 for o in pair): raise BoothError(f"size is {size!r}; it must be a whole number of pixels, or (height, width)")
+    h, w = map(int, pair)
     image, cubic = load_image(img).image, Image.Resampling.BICUBIC
     if mode == 'stretch': return image.resize((w, h), cubic)
     if mode == 'center-crop': return ImageOps.fit(image, (w, h), cubic)
