@@ -221,7 +221,9 @@ def encode_prompts(
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     _check_prompts(pipe, prompts, empty=True, long=long)
     texts = list(dict.fromkeys(prompts))
-    chunks = max(_chunk_count(pipe, o) for o in texts) if chunks is None else chunks
+    need = max(_chunk_count(pipe, o) for o in texts)
+    chunks = need if chunks is None else chunks
+    _check_whole('chunks', chunks, need, f"the longest text needs {need}")
     ids, mask, weights = (torch.tensor(o) for o in zip(*[row for o in texts for row in _rows(pipe, o, chunks)]))
     read = _read(pipe, ids, mask, batch).unflatten(0, (len(texts), chunks)).flatten(1, 2)
     weights = weights.reshape(len(texts), -1, 1).to(read)
