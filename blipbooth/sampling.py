@@ -531,6 +531,8 @@ def _check_pipe(pipe):
     parts = 'unet', 'vae', 'text_encoder', 'tokenizer', 'scheduler'
     lacks = [o for o in parts if not hasattr(pipe, o)]
     if lacks or isinstance(pipe, type): raise BoothError(f"{pipe if isinstance(pipe, type) else type(pipe).__name__} is no pipeline to print with{f': it has no {lacks[0]}' if lacks else ''}; give a StableDiffusionPipeline, such as load_pipeline(), or its folder")
+    takes, makes = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
+    if takes != makes: raise BoothError(f"the UNet of this {type(pipe).__name__} takes {takes} channels, and latents have {makes}, so it was made for inpainting or editing; give a plain Stable Diffusion, which inpaints with init= and mask=")
     if hasattr(pipe, 'text_encoder_2'): raise BoothError(f"{type(pipe).__name__} reads prompts twice; only StableDiffusionPipeline works here (Stable Diffusion 1.x and 2.x)")
 
 def _check_numbers(n, batch, index):
