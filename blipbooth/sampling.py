@@ -223,7 +223,7 @@ def encode_prompts(
     texts = list(dict.fromkeys(prompts))
     need = max(_chunk_count(pipe, o) for o in texts)
     chunks = need if chunks is None else chunks
-    _check_whole('chunks', chunks, need, f"the longest text needs {need}")
+    if chunks < need: raise BoothError(f"chunks is {chunks}; the longest text needs {need}")
     ids, mask, weights = (torch.tensor(o) for o in zip(*[row for o in texts for row in _rows(pipe, o, chunks)]))
     read = _read(pipe, ids, mask, batch).unflatten(0, (len(texts), chunks)).flatten(1, 2)
     weights = weights.reshape(len(texts), -1, 1).to(read)
