@@ -324,7 +324,7 @@ def make_priors(
     **how,               # more for `sample`, such as scheduler, size or negative
 ) -> Priors:
     "Draw class images, keep the good ones, log them all; an interrupted call goes on."
-    if matcher is not None and not hasattr(matcher, 'match'): raise BoothError(f"matcher is {matcher!r}; give a Matcher, such as Matcher.from_pretrained()")
+    if matcher is not None and (isinstance(matcher, type) or not hasattr(matcher, 'match')): raise BoothError(f"matcher is {matcher!r}; give a Matcher, such as Matcher.from_pretrained()")
     if candidates != 1 and matcher is None: raise BoothError(f"candidates is {candidates} without a matcher to compare them; give one, such as Matcher.from_pretrained()")
     plain, pipe = class_prompts(class_noun), load_pipeline(pipe) if isinstance(pipe, (str, Path)) else pipe
     prompts = _as_list(plain if prompts is None else prompts)
@@ -363,7 +363,7 @@ def _check(pipe, n, seed, prompts, threshold, dedupe, batch, tries, candidates, 
     _check_choice(threshold, dedupe)
     for k in how: _check_name('option for class images', k, _options)
     _check_prompts(pipe, [fill(o) for o in prompts], long=how.get('long', False))
-    if not isinstance(how.get('negative') or '', str): raise BoothError(f"negative is {how['negative']!r}; give one text for all class images")
+    if not isinstance(how.get('negative', ''), (str, type(None))): raise BoothError(f"negative is {how['negative']!r}; give one text for all class images")
     _check_prompts(pipe, [fill(how.get('negative') or '')], empty=True, long=how.get('long', False))
     g = _guidance(how['guidance'], how.get('interval'), how.get('rescale', 0.)).g
     if isinstance(g, (list, tuple)): raise BoothError(f"guidance is {g}; give one number for all class images")
