@@ -314,7 +314,7 @@ _shapes = dict(
     do_sample=('True or False', lambda v: isinstance(v, int)), suppress_tokens=_ids_or_none, begin_suppress_tokens=_ids_or_none, forced_bos_token_id=_whole(0), forced_eos_token_id=_an_end,
     max_time=_real(), encoder_repetition_penalty=_real(), encoder_no_repeat_ngram_size=_whole(0), prefix_allowed_tokens_fn=('a function', callable),
     exponential_decay_length_penalty=('(first word, factor)', lambda v: isinstance(v, (list, tuple)) and len(v) == 2 and all(type(o) in (int, float) for o in v)),
-    sequence_bias=('a list of [ids, bias], a bias with its decimal point', lambda v: _are(lambda o: len(o) == 2 and _is_ids(o[0]) and type(o[1]) is float)(list(v.items()) if isinstance(v, dict) else v)),
+    sequence_bias=('a list of [ids, bias], a bias with its decimal point', lambda v: _are(lambda o: isinstance(o, (list, tuple)) and len(o) == 2 and _is_ids(o[0]) and type(o[1]) is float)(list(v.items()) if isinstance(v, dict) else v)),
     custom_generate=('a function', lambda v: callable(v) or isinstance(v, str)), streamer=('a streamer, such as a TextIteratorStreamer', lambda v: hasattr(v, 'put') and hasattr(v, 'end')),
     assistant_model=("a decoder, such as another captioner's model.text_decoder", lambda v: isinstance(v, torch.nn.Module) and hasattr(v, 'generate') and not hasattr(v, 'vision_model')))
 _no_use = 'guidance_scale low_memory token_healing is_assistant cache_implementation synced_gpus negative_prompt_ids negative_prompt_attention_mask'.split()
