@@ -22,7 +22,7 @@ from .core import BoothError, Settings, atomic_write, generator, load_json, near
 from .decoding import quiet_transformers
 from .diffusion import Guidance, alpha_sigma, answer_for, predict_x0, _check_name, _within
 from .layers import compiled, quick, watched
-from .images import Photo, _font, _gap, _paste, _wrap, fit, load_image, show_grid, to_tensor
+from .images import Photo, _font, _gap, _paste, _wrap, fit, load_image, load_images, show_grid, to_tensor
 
 # %% ../nbs/08_sampling.ipynb #aa4d550e
 def _check_folder(folder):
@@ -560,7 +560,7 @@ def _pictures(x, prompts, name):
     "A photo for each prompt, or none, from one photo or a list of them."
     if x is None: return [None]*len(prompts)
     if isinstance(x, dict) and 'hash' in x: raise BoothError(f"this print began with a picture ({name} {x['hash']}) that its recipe only names; give the picture with {name}=")
-    if getattr(x, 'ndim', 0) == 4: x = list(x) # a batch
+    if getattr(x, 'ndim', 0) == 4: x = load_images(x)
     if not isinstance(x, (list, tuple, L)): return [load_image(x)]*len(prompts)
     return [load_image(o, f'picture {i} in {name}') for i, o in enumerate(_each(x, prompts, name))]
 
