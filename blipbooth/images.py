@@ -146,8 +146,8 @@ def _sources(src):
         if not path.exists(): raise BoothError(f"there is no folder or file {path}; {_look(path)}")
         return _photo_files(path) if path.is_dir() else [path]
     if not hasattr(src, '__iter__') and not isinstance(src, (Photo, Image.Image)): raise BoothError(f"{src!r} is no picture; give a folder, a file, a picture, or a list of them")
-    batch = getattr(src, 'ndim', 0) == 4 and len(src) > 0
-    if batch and hasattr(src, 'detach') and src.is_floating_point() and -1.01 <= src.min() < 0: src = (src.clamp(min=-1) + 1)/2 # one range for all
+    batch = getattr(src, 'ndim', 0) == 4
+    if batch and hasattr(src, 'detach') and len(src) and src.is_floating_point() and -1.01 <= src.min() < 0: src = (src.clamp(min=-1) + 1)/2 # one range for all
     single = isinstance(src, (Photo, Image.Image)) or hasattr(src, 'ndim') and not batch
     return [src] if single else list(src)
 
