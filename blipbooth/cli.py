@@ -52,7 +52,6 @@ def caption(
     from blipbooth.captioning import Captioner, Wording
     from blipbooth.core import BoothError
     path = os.path.expanduser(path)
-    if not path: raise BoothError("'' is no folder or file; give a path, . for the folder you are in")
     decoding = dict(preset=preset, seed=seed, num_beams=num_beams, max_new_tokens=max_new_tokens)
     how = dict(prompt=prompt, batch_size=batch_size, fit=fit, **{k: v for k, v in decoding.items() if v is not None})
     said = Wording(template, token, noun, [o.strip() for o in synonyms.split(',') if o.strip()], prefix, suffix)
