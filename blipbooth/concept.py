@@ -34,7 +34,7 @@ def personalise(
 ) -> str:           # the caption with the subject's name
     "Put the subject's name in the place of the class noun and its article."
     subject = f'{token} {class_noun}'
-    out, n = re.subn(rf'\b(?:(an?|the) )?((?:small|large) )?{re.escape(class_noun)}\b', lambda m: f"{m[1] and 'a ' or ''}{m[2] or ''}{subject}", str(caption), count=1)
+    out, n = re.subn(rf'(?<![\w-])(?:(an?|the) )?((?:small|large) )?{re.escape(class_noun)}(?![\w-])', lambda m: f"{m[1] and 'a ' or ''}{m[2] or ''}{subject}", str(caption), count=1, flags=re.I)
     return out if n else f'a {subject}'
 
 # %% ../nbs/10_concept.ipynb #8654210e
@@ -61,7 +61,8 @@ def _sidecar(photo):
     "The text beside a photo."
     if photo.path is None: raise BoothError(f"{photo.name} has no file, so no sidecar; give its caption in a list")
     f = photo.path.with_suffix('.txt')
-    text = f.read_text(encoding='utf-8').strip() if f.is_file() else ''
+    try: text = f.read_text(encoding='utf-8-sig').strip() if f.is_file() else ''
+    except UnicodeDecodeError: raise BoothError(f"the sidecar {f} is not UTF-8; save it as UTF-8") from None
     if not text: raise BoothError(f"the sidecar {f} is {'empty' if f.is_file() else 'missing'}; write a caption into it, or use a template")
     return ' '.join(text.split())
 

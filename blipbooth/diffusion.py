@@ -264,6 +264,8 @@ class Guidance:
     threshold: float = 15. # apg: r, the longest update; None for no limit
     eta: float = 0. # apg: η, how much of the part along the prompt's answer
     def __post_init__(self):
+        for k, v in vars(self).copy().items():
+            if hasattr(v, 'tolist'): object.__setattr__(self, k, v.tolist())
         if hasattr(self.interval, '__iter__'): object.__setattr__(self, 'interval', tuple(self.interval))
         _check_guidance(self)
     def changes(self):

@@ -10,6 +10,7 @@ import io, math, re, warnings
 import numpy as np
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from fastcore.foundation import L
@@ -140,11 +141,13 @@ def _photo_files(folder):
 def _sources(src):
     "What to load, one by one."
     if isinstance(src, (str, Path)):
+        if str(src) == '': raise BoothError("'' is no folder or file; give a path, '.' for the folder you are in")
         path = Path(src).expanduser()
         if not path.exists(): raise BoothError(f"there is no folder or file {path}; {_look(path)}")
         return _photo_files(path) if path.is_dir() else [path]
     if not hasattr(src, '__iter__') and not isinstance(src, (Photo, Image.Image)): raise BoothError(f"{src!r} is no picture; give a folder, a file, a picture, or a list of them")
     batch = getattr(src, 'ndim', 0) == 4
+    if batch and hasattr(src, 'detach') and len(src) and src.is_floating_point() and -1.01 <= src.min() < 0: src = (src.clamp(min=-1) + 1)/2 # one range for all
     single = isinstance(src, (Photo, Image.Image)) or hasattr(src, 'ndim') and not batch
     return [src] if single else list(src)
 
@@ -171,7 +174,9 @@ def fit(
 )->Image.Image: # RGB, exactly `size`
     "Resize a picture to `size`, bicubic."
     if mode not in _fits: raise BoothError(f"no way to fit called {mode!r}; {_choices(mode, _fits)}")
-    h, w = (size, size) if isinstance(size, int) else size
+    pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    if len(pair) != 2 or not all(isinstance(o, Integral) and o > 0 for o in pair): raise BoothError(f"size is {size!r}; it must be a whole number of pixels, or (height, width)")
+    h, w = map(int, pair)
     image, cubic = load_image(img).image, Image.Resampling.BICUBIC
     if mode == 'stretch': return image.resize((w, h), cubic)
     if mode == 'center-crop': return ImageOps.fit(image, (w, h), cubic)

@@ -8,6 +8,7 @@ __all__ = ['Matcher', 'Ranked', 'Ranking']
 # %% ../nbs/04_matching.ipynb #dcfe4cde
 from dataclasses import dataclass
 from itertools import product
+from numbers import Real
 
 import torch
 from fastcore.basics import chunked, listify, patch
@@ -151,7 +152,7 @@ def filter(self:Matcher,
     batch_size:int=32, # pictures, and pairs, at a time
 )->tuple: # (indices of the pairs kept, (n,) probabilities of all)
     "Keep the pairs that the matching head believes."
-    if not 0 <= threshold <= 1: raise BoothError(f"threshold={threshold}; it must be a number from 0 to 1")
+    if not (isinstance(threshold, Real) and 0 <= threshold <= 1): raise BoothError(f"threshold={threshold!r}; it must be a number from 0 to 1")
     photos, texts = load_images(images), listify(texts)
     n = _pairs(photos, self._rows(texts))
     pairs = [(min(i, len(photos) - 1), min(i, len(texts) - 1)) for i in range(n)]

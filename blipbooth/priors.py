@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch
-from fastcore.basics import patch
+from fastcore.basics import listify, patch
 from filelock import FileLock, Timeout
 from PIL import Image
 from .core import (BoothError, append_jsonl, atomic_write, file_hash, generator, load_json, out_dir, progress, randn, read_jsonl, save_json,
@@ -72,6 +72,9 @@ def class_prompts(
     templates=('{class}',), # ways to say it, with {class} for "a fox" or {noun} for "fox"
 ) -> list:          # prompts without the rare token
     "Prompts for class images: each template in each of the photos' places."
+    captions, templates = listify(captions), listify(templates)
+    odd = [o for o in (*captions, *templates) if not isinstance(getattr(o, 'text', o), str)]
+    if odd: raise BoothError(f"{str(odd[0])[:60]!r} is not text; give captions such as 'a fox in the snow', and templates such as 'a photo of {{class}}'")
     bad = [t for t in templates if '{class}' not in t and '{noun}' not in t]
     if bad or not templates: raise BoothError(f"the template {bad[0] if bad else ''!r} names no class; write it with {{class}}, such as 'a photo of {{class}}'")
     if class_noun and not isinstance(class_noun, str): raise BoothError(f"class noun {class_noun!r} is not text; say what the subject is, such as fox")
@@ -209,7 +212,7 @@ def load_priors(
 def _settings(pipe, class_noun, seed, prompts, matcher, choice, how):
     "What has to be equal for a folder to be gone on with, as plain values."
     judge = matcher and dict(model=weights_hash(matcher.model.named_parameters()), **choice)
-    plain = lambda x: x.changes() if isinstance(x, Guidance) else dict(x.config) if hasattr(x, 'config') else str(x)
+    plain = lambda x: x.changes() if isinstance(x, Guidance) else dict(x.config) if hasattr(x, 'config') else x.tolist() if hasattr(x, 'tolist') else str(x)
     return json.loads(json.dumps(dict(model=fingerprint(pipe), class_noun=class_noun, seed=seed, prompts=prompts, matcher=judge, **how), default=plain))
 
 def _safe(noun): return re.sub(r'[\x00-\x1f /\\:*?"<>|]', '-', noun).lstrip('.')[:80] # as part of a folder's name
@@ -321,7 +324,7 @@ def make_priors(
     **how,               # more for `sample`, such as scheduler, size or negative
 ) -> Priors:
     "Draw class images, keep the good ones, log them all; an interrupted call goes on."
-    if matcher is not None and not hasattr(matcher, 'match'): raise BoothError(f"matcher is {matcher!r}; give a Matcher, such as Matcher.from_pretrained()")
+    if matcher is not None and (isinstance(matcher, type) or not hasattr(matcher, 'match')): raise BoothError(f"matcher is {matcher!r}; give a Matcher, such as Matcher.from_pretrained()")
     if candidates != 1 and matcher is None: raise BoothError(f"candidates is {candidates} without a matcher to compare them; give one, such as Matcher.from_pretrained()")
     plain, pipe = class_prompts(class_noun), load_pipeline(pipe) if isinstance(pipe, (str, Path)) else pipe
     prompts = _as_list(plain if prompts is None else prompts)
@@ -360,7 +363,7 @@ def _check(pipe, n, seed, prompts, threshold, dedupe, batch, tries, candidates, 
     _check_choice(threshold, dedupe)
     for k in how: _check_name('option for class images', k, _options)
     _check_prompts(pipe, [fill(o) for o in prompts], long=how.get('long', False))
-    if not isinstance(how.get('negative') or '', str): raise BoothError(f"negative is {how['negative']!r}; give one text for all class images")
+    if not isinstance(how.get('negative', ''), (str, type(None))): raise BoothError(f"negative is {how['negative']!r}; give one text for all class images")
     _check_prompts(pipe, [fill(how.get('negative') or '')], empty=True, long=how.get('long', False))
     g = _guidance(how['guidance'], how.get('interval'), how.get('rescale', 0.)).g
     if isinstance(g, (list, tuple)): raise BoothError(f"guidance is {g}; give one number for all class images")
@@ -390,7 +393,7 @@ class _ClassHalf:
     "A training set whose class samples are made when they are asked for; as a callback, it puts itself in place."
     order = 5
     def __init__(self, pipe, class_noun, seed, prompts):
-        self.pipe, self.seed, self.prompts, self.data, self.per_step = pipe, seed, _as_list(class_prompts(class_noun) if prompts is None else prompts), None, 1
+        self.pipe, self.seed, self.prompts, self.data, self.per_step = pipe, seed, [fill(o) for o in _as_list(class_prompts(class_noun) if prompts is None else prompts)], None, 1
         _check_prompts(pipe, self.prompts)
         self.mark, self.scale, self.T = fingerprint(pipe), pipe.vae.config.scaling_factor, pipe.scheduler.config.num_train_timesteps
         self.ids = pipe.tokenizer(self.prompts, padding='max_length', max_length=_token_limit(pipe), return_tensors='pt').input_ids
