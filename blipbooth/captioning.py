@@ -306,13 +306,19 @@ def _check_names(config, rest):
 def _is_ids(x): return isinstance(x, (list, tuple)) and len(x) > 0 and all(type(o) is int and o >= 0 for o in x)
 def _are(test): return lambda x: isinstance(x, (list, tuple)) and len(x) > 0 and all(map(test, x))
 
+_an_end, _ids_or_none = ('an id, or a list of ids', lambda v: type(v) is int or _is_ids(v)), ('a list of ids', lambda v: v == [] or _is_ids(v))
+
 _shapes = dict(
-    bad_words_ids=('a list of lists of ids', _are(_is_ids)), eos_token_id=('an id, or a list of ids', lambda v: type(v) is int or _is_ids(v)),
+    bad_words_ids=('a list of lists of ids', _are(_is_ids)), eos_token_id=_an_end,
     force_words_ids=('a list of phrases or of lists of phrases, a phrase a list of ids', _are(lambda o: _is_ids(o) or _are(_is_ids)(o))),
     prompt_lookup_num_tokens=_whole(1), diversity_penalty=('a number from 0', lambda v: type(v) in (int, float) and 0 <= v < float('inf')),
+    do_sample=('True or False', lambda v: isinstance(v, int)), suppress_tokens=_ids_or_none, begin_suppress_tokens=_ids_or_none, forced_bos_token_id=_whole(0), forced_eos_token_id=_an_end,
+    max_time=_real(), encoder_repetition_penalty=_real(), encoder_no_repeat_ngram_size=_whole(0), prefix_allowed_tokens_fn=('a function', callable),
+    exponential_decay_length_penalty=('(first word, factor)', lambda v: isinstance(v, (list, tuple)) and len(v) == 2 and all(type(o) in (int, float) for o in v)),
+    sequence_bias=('a list of [ids, bias], a bias with its decimal point', lambda v: _are(lambda o: isinstance(o, (list, tuple)) and len(o) == 2 and _is_ids(o[0]) and type(o[1]) is float)(list(v.items()) if isinstance(v, dict) else v)),
     custom_generate=('a function', lambda v: callable(v) or isinstance(v, str)), streamer=('a streamer, such as a TextIteratorStreamer', lambda v: hasattr(v, 'put') and hasattr(v, 'end')),
     assistant_model=("a decoder, such as another captioner's model.text_decoder", lambda v: isinstance(v, torch.nn.Module) and hasattr(v, 'generate') and not hasattr(v, 'vision_model')))
-_no_use = 'guidance_scale low_memory token_healing is_assistant negative_prompt_ids negative_prompt_attention_mask'.split()
+_no_use = 'guidance_scale low_memory token_healing is_assistant cache_implementation synced_gpus negative_prompt_ids negative_prompt_attention_mask'.split()
 
 def _check_shapes(config, rest):
     "Options that transformers would stumble over in the middle of its work."
@@ -629,11 +635,13 @@ def __call__(self:Captioner,
     photos = load_images(images)
     prompts = [prompt]*len(photos) if isinstance(prompt, str) or not hasattr(prompt, '__iter__') else list(prompt)
     ids = self.prompt_ids(prompts, len(photos))
-    config, rest = decoding_config(longest=max(map(len, ids)), positions=self.text_config.max_position_embeddings, **_word_options(self, decoding))
+    options = dict(_word_options(self, decoding), positions=self.text_config.max_position_embeddings)
+    configs = {n: decoding_config(longest=n, **options) for n in sorted({*map(len, ids)}, reverse=True)} # a prompt's length decides how many words are left
+    config, rest = next(iter(configs.values()))
     seed, res = rest.pop('seed', None), [None]*len(photos)
     beam_dice = seed is not None and config.do_sample and rest.get('custom_generate') is not seeded_sample
     for part in same_length(ids, 1 if beam_dice or _alone(config, rest) else batch_size):
-        found = self._caption_batch([photos[i] for i in part], [ids[i] for i in part], [prompts[i] for i in part], fit, size, config, rest, seed)
+        found = self._caption_batch([photos[i] for i in part], [ids[i] for i in part], [prompts[i] for i in part], fit, size, configs[len(ids[part[0]])][0], rest, seed)
         for i, c in zip(part, found): res[i] = c
     return L(res)
 
@@ -717,6 +725,7 @@ def count_pictures(
 )->int: # one or more
     "How many pictures `picture_files` will find; a `BoothError` if there are none."
     if not isinstance(folder, (str, Path)): raise BoothError(f"{folder!r} is not a folder; give a path")
+    if str(folder) == '': raise BoothError("'' is no folder; give a path, '.' for the one you are in")
     top = Path(folder).expanduser()
     if not top.is_dir(): raise BoothError(f"{folder} is a file; give the folder it is in" if top.exists() else f"there is no folder {folder}; check the path")
     def count(inside): return sum(count(inside/name) if is_folder else 1 for name, is_folder in _entries(inside) if recursive or not is_folder)
@@ -852,7 +861,7 @@ def name_subject(
 )->str: # the sentence with `token noun` in it, or unchanged if it holds none of the words
     "Put the subject's name in the place of its noun and its article."
     words = '|'.join(re.escape(o) for o in sorted([noun, *synonyms], key=len, reverse=True))
-    return re.sub(rf'(?<![\w-])(?:(?:an?|the) )?(?:{words})(?![\w-])', lambda m: f'{token} {noun}', caption, count=1, flags=re.I)
+    return re.sub(rf'(?<![\w-])(?:(?:an?|the) )?(?:{re.escape(token)} )?(?:{words})(?![\w-])', lambda m: f'{token} {noun}', caption, count=1, flags=re.I)
 
 # %% ../nbs/03_captioning.ipynb #c0de0005
 @dataclass
@@ -868,6 +877,8 @@ class Wording:
         self.synonyms = listify(self.synonyms)
         for k, v in asdict(self).items():
             if not all(isinstance(o, str) for o in (v if k == 'synonyms' else [v])): raise BoothError(f"{k}={v!r} is not a string; give words")
+        for o in (*filter(None, (self.token, self.noun)), *self.synonyms):
+            if not o or o != o.strip(): raise BoothError(f"{o!r} is empty or has spaces around it, and no caption holds that; write the word alone")
         try: holes = {h for _, h, _, _ in string.Formatter().parse(self.template) if h is not None}
         except ValueError as e: raise BoothError(f"template {self.template!r} cannot be read ({e}); write a single brace twice") from None
         known = ['caption', *(k for k in ('token', 'noun') if getattr(self, k))]

@@ -51,6 +51,7 @@ def caption(
     from pathlib import Path
     from blipbooth.captioning import Captioner, Wording
     from blipbooth.core import BoothError
+    path = os.path.expanduser(path)
     decoding = dict(preset=preset, seed=seed, num_beams=num_beams, max_new_tokens=max_new_tokens)
     how = dict(prompt=prompt, batch_size=batch_size, fit=fit, **{k: v for k, v in decoding.items() if v is not None})
     said = Wording(template, token, noun, [o.strip() for o in synonyms.split(',') if o.strip()], prefix, suffix)
@@ -133,7 +134,7 @@ def _class_prompts(noun, prompts, photos):
     if prompts and photos: raise BoothError("--prompts and --photos both say what to draw; leave one out")
     if photos: return class_prompts(noun, Captioner.from_pretrained()(photos, prompt=article(noun)))
     if not prompts: return None
-    try: lines = [o.strip() for o in Path(prompts).expanduser().read_text().splitlines() if o.strip()]
+    try: lines = [o.strip() for o in Path(prompts).expanduser().read_text(encoding='utf-8-sig').splitlines() if o.strip()]
     except (OSError, UnicodeDecodeError) as e: raise BoothError(f"{prompts} cannot be read ({type(e).__name__}); give a text file with a prompt in each line") from None
     if not lines: raise BoothError(f"{prompts} holds 0 prompts; write one in each line")
     return lines

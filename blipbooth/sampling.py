@@ -16,12 +16,13 @@ from importlib import import_module
 from pathlib import Path
 
 import diffusers, torch
+from fastcore.foundation import L
 from PIL import Image, ImageDraw, PngImagePlugin
 from .core import BoothError, Settings, atomic_write, generator, load_json, nearest, progress, randn, resolve_model, weights_hash
 from .decoding import quiet_transformers
 from .diffusion import Guidance, alpha_sigma, answer_for, predict_x0, _check_name, _within
 from .layers import compiled, quick, watched
-from .images import Photo, _font, _gap, _paste, _wrap, fit, load_image, show_grid, to_tensor
+from .images import Photo, _font, _gap, _paste, _wrap, fit, load_image, load_images, show_grid, to_tensor
 
 # %% ../nbs/08_sampling.ipynb #aa4d550e
 def _check_folder(folder):
@@ -220,7 +221,9 @@ def encode_prompts(
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     _check_prompts(pipe, prompts, empty=True, long=long)
     texts = list(dict.fromkeys(prompts))
-    chunks = max(_chunk_count(pipe, o) for o in texts) if chunks is None else chunks
+    need = max(_chunk_count(pipe, o) for o in texts)
+    chunks = need if chunks is None else chunks
+    if chunks < need: raise BoothError(f"chunks is {chunks}; the longest text needs {need}")
     ids, mask, weights = (torch.tensor(o) for o in zip(*[row for o in texts for row in _rows(pipe, o, chunks)]))
     read = _read(pipe, ids, mask, batch).unflatten(0, (len(texts), chunks)).flatten(1, 2)
     weights = weights.reshape(len(texts), -1, 1).to(read)
@@ -255,7 +258,8 @@ def fill(
         if o != 'subject': raise BoothError(f"the prompt {prompt!r} has a place {{{o}}}, and only {{subject}} can be filled; did you mean {{subject}}?")
     if '{subject}' not in prompt: return prompt
     if not str(subject or '').strip(): raise BoothError(f"the prompt {prompt!r} has a place for a subject, and there is none; give it, such as subject='sks dog'")
-    return prompt.replace('{subject}', str(subject))
+    if not isinstance(subject, str): raise BoothError(f"subject {subject!r} is not text; give one, such as 'sks dog'")
+    return prompt.replace('{subject}', subject)
 
 # %% ../nbs/08_sampling.ipynb #07722bbf
 def ask(
@@ -528,6 +532,8 @@ def _check_pipe(pipe):
     parts = 'unet', 'vae', 'text_encoder', 'tokenizer', 'scheduler'
     lacks = [o for o in parts if not hasattr(pipe, o)]
     if lacks or isinstance(pipe, type): raise BoothError(f"{pipe if isinstance(pipe, type) else type(pipe).__name__} is no pipeline to print with{f': it has no {lacks[0]}' if lacks else ''}; give a StableDiffusionPipeline, such as load_pipeline(), or its folder")
+    takes, makes = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
+    if takes != makes: raise BoothError(f"the UNet of this {type(pipe).__name__} takes {takes} channels, and latents have {makes}, so it was made for inpainting or editing; give a plain Stable Diffusion, which inpaints with init= and mask=")
     if hasattr(pipe, 'text_encoder_2'): raise BoothError(f"{type(pipe).__name__} reads prompts twice; only StableDiffusionPipeline works here (Stable Diffusion 1.x and 2.x)")
 
 def _check_numbers(n, batch, index):
@@ -555,7 +561,8 @@ def _pictures(x, prompts, name):
     "A photo for each prompt, or none, from one photo or a list of them."
     if x is None: return [None]*len(prompts)
     if isinstance(x, dict) and 'hash' in x: raise BoothError(f"this print began with a picture ({name} {x['hash']}) that its recipe only names; give the picture with {name}=")
-    if not isinstance(x, (list, tuple)): return [load_image(x)]*len(prompts)
+    if getattr(x, 'ndim', 0) == 4: x = load_images(x)
+    if not isinstance(x, (list, tuple, L)): return [load_image(x)]*len(prompts)
     return [load_image(o, f'picture {i} in {name}') for i, o in enumerate(_each(x, prompts, name))]
 
 def _known(pipe, jobs, size):
@@ -702,19 +709,21 @@ def _shared_name(name): return name.replace('text_encoder.text_model.', 'text_en
 def fingerprint(
     pipe, # StableDiffusionPipeline
 )->str: # 16 hexadecimal digits
-    "A hash of the weights, the noise schedule, and what is switched on of adapters, which decide what a pipeline draws."
+    "A hash of the weights, the noise schedule, and what is switched on of adapters and FreeU, which decide what a pipeline draws."
     schedule = json.dumps({k: v for k, v in dict(pipe.scheduler.config).items() if k[0] != '_' or k == '_class_name'}, sort_keys=True, default=str)
     parts = {o: getattr(pipe, o) for o in ('unet', 'text_encoder', 'vae')}
-    named, more = [(_shared_name(f'{part}.{name}'), p) for part, m in parts.items() for name, p in m.named_parameters()], schedule + _adapters(parts)
+    named, more = [(_shared_name(f'{part}.{name}'), p) for part, m in parts.items() for name, p in m.named_parameters()], schedule + _switched(parts)
     seen = more, _glance(named)
     if vars(pipe).get('_glanced', (None,))[0] != seen: vars(pipe)['_glanced'] = seen, weights_hash(named, more)
     return vars(pipe)['_glanced'][1]
 
-def _adapters(parts):
-    "How strongly each adapter speaks in each layer, which no weight tells; empty where there is none."
-    layers = [(f'{part}.{name}', o) for part, m in parts.items() for name, o in m.named_modules() if hasattr(o, 'scaling') and hasattr(o, 'active_adapters')]
-    speak = {name: {a: o.scaling.get(a) for a in o.active_adapters} for name, o in layers if not o.disable_adapters and not o.merged}
-    return json.dumps(speak, sort_keys=True) if speak else ''
+def _switched(parts):
+    "How strongly each adapter speaks in each layer, and FreeU's factors, which no weight tells; empty where there is none."
+    layers = [(f'{part}.{name}', o) for part, m in parts.items() for name, o in m.named_modules()]
+    adapted = [(name, o) for name, o in layers if hasattr(o, 'scaling') and hasattr(o, 'active_adapters')]
+    on = {name: {a: o.scaling.get(a) for a in o.active_adapters} for name, o in adapted if not o.disable_adapters and not o.merged}
+    on.update({name: [o.b1, o.b2, o.s1, o.s2] for name, o in layers if getattr(o, 'b1', None) is not None})
+    return json.dumps(on, sort_keys=True) if on else ''
 
 def _glance(named):
     "What changes when any of the weights does."
@@ -834,7 +843,7 @@ def sample(
 def _jobs(pipe, prompt, negative, subject, seed, n, index, guidance, init, mask, long):
     "Every image to print, checked."
     prompts = [fill(o, subject) for o in ([prompt] if isinstance(prompt, str) or not hasattr(prompt, '__iter__') else prompt)]
-    negatives = [fill(o, subject) for o in _each(negative or '', prompts, 'negative')]
+    negatives = [fill('' if o is None else o, subject) for o in _each(negative, prompts, 'negative')]
     for o, empty in (prompts, False), (negatives, True): _check_prompts(pipe, o, empty, long)
     doses, seeds = _doses(guidance.g, prompts, n), _each(seed, prompts, 'seed')
     for o in seeds: _check_whole('seed', o, -math.inf, "it must be a whole number")
@@ -850,7 +859,8 @@ class Preview:
         every:int=5, # steps from one preview to the next
         show=None, # called with a picture of the batch each time, such as `live()`
     ):
-        if every < 1: raise BoothError(f"every is {every}; it must be at least 1 step")
+        _check_whole('every', every, 1, "it must be at least 1 step")
+        if show is not None and not callable(show): raise BoothError(f"show is {show!r}; give a function of a picture, such as live()")
         self.pipe, self.every, self.show, self.steps, self.images = pipe, every, show, [], []
     def __call__(self, step, total, latents):
         if step % self.every and step != total: return
@@ -870,7 +880,8 @@ def save_print(
     path, # where to; a PNG, which loses nothing
 )->Path: # the file
     "Save a print with its recipe, whole or not at all."
-    path, recipe = Path(path), image.info.get('recipe')
+    if not isinstance(image, Image.Image): raise BoothError(f"a {type(image).__name__} is no print; save the prints of `sample` one by one")
+    path, recipe = Path(path).expanduser(), image.info.get('recipe')
     if path.suffix.lower() != '.png': raise BoothError(f"{path} would not be a PNG; prints are kept as PNG, which loses nothing and holds the recipe")
     if recipe is None: raise BoothError("this picture has no recipe; save a print as `sample` returned it, before it is changed")
     text, data = PngImagePlugin.PngInfo(), io.BytesIO()
@@ -882,6 +893,7 @@ def read_recipe(
     path, # a PNG that `save_print` wrote
 )->dict: # arguments for `sample`
     "What a print was made from."
+    if not isinstance(path, (str, Path)): raise BoothError(f"a {type(path).__name__} is no file; give the path of a PNG, the recipe of a print is in its .info")
     load_image(path) # says what is wrong with a file that is no picture
     with Image.open(Path(path).expanduser()) as image: text = image.info.get('blipbooth')
     try: recipe = json.loads(text or '')
@@ -917,6 +929,8 @@ def sweep(
     twice = {row} & {col} or {row, col} & {*kwargs}
     if twice: raise BoothError(f"{min(twice)} is given twice; give it once, on one axis or for the whole table")
     if 'prompt' not in (row, col, *kwargs): raise BoothError("nothing says what to print; give prompt=, or make it an axis")
+    for o in rows if row == 'prompt' else cols if col == 'prompt' else [kwargs['prompt']]:
+        if not isinstance(o, str): raise BoothError(f"prompt {o!r} in a table of single prints; give one text, or make the prompts an axis")
     return _table([_line(pipe, col, cols, {**kwargs, row: o}) for o in rows], [_label(row, o) for o in rows], [_label(col, o) for o in cols], cell)
 
 # %% ../nbs/08_sampling.ipynb #72c0535d
