@@ -365,6 +365,7 @@ def choose_parts(
     from peft import LoraConfig, inject_adapter_in_model
     net = Trained(pipe)
     pipe.vae.requires_grad_(False)
+    _closed_rows(pipe)
     for name in ('unet', 'text_encoder'):
         part, how = getattr(net, name), getattr(cfg.train, name)
         if how != 'off' and getattr(part, '_hf_peft_config_loaded', False): raise BoothError(f"the {name} has LoRA layers already; add them to its weights with merge_lora(pipe), or load the pipeline again")
@@ -519,11 +520,17 @@ def token_rows(
 
 def _open_rows(pipe, tokens):
     "Let the rare tokens' rows of the embedding table learn, and no other."
-    w = pipe.text_encoder.get_input_embeddings().weight
+    w = _closed_rows(pipe)
     mask = torch.zeros(len(w), 1, device=w.device)
     for t in tokens: mask[token_rows(pipe, t)] = 1
     w.requires_grad_(True)
-    w.register_hook(lambda g: g*mask.to(g))
+    w.opened = w.register_hook(lambda g: g*mask.to(g))
+
+def _closed_rows(pipe):
+    "The embedding table, without what an earlier training of some of its rows left on it."
+    w = pipe.text_encoder.get_input_embeddings().weight
+    if hasattr(w, 'opened'): w.opened.remove()
+    return w
 
 # %% ../nbs/13_dreambooth.ipynb #29f42f1a
 def parameter_table(
