@@ -212,6 +212,12 @@ def _unknown(cfg, known, prefix=''):
         elif prefix + str(k) not in known: yield prefix + str(k), known
         elif prefix + str(k) == 'concepts': yield from (bad for c in (v if isinstance(v, list) else ()) if isinstance(c, dict) for bad in _unknown(c, config_fields(ConceptConfig)))
 
+def _written(said):
+    "An override; a name, path or text is taken as it is written, though YAML would read 007 as 7, no as false, and stop at a colon or #."
+    k, _, v = said.partition('=')
+    free = isinstance(config_fields().get(k, (0,))[0], str) and k not in _CHOICES
+    return f'{k}={json.dumps(v.strip(), ensure_ascii=False)}' if free and v.strip() != 'null' and not v.lstrip().startswith(('[', '"', "'")) else said
+
 def _merge(path, overrides):
     given = OmegaConf.create()
     if path:
@@ -219,7 +225,7 @@ def _merge(path, overrides):
         given = OmegaConf.load(path)
     bad = [o for o in overrides if '=' not in o]
     if bad: raise BoothError(f"{bad[0]!r} is not key=value; write it as, say, lr=1e-5")
-    said = OmegaConf.from_dotlist(list(overrides))
+    said = OmegaConf.from_dotlist([_written(o) for o in overrides])
     layers = [preset(given.get('preset')), given, preset(said.get('preset')), said]  # an override beats the file, and both beat the preset they name
     return OmegaConf.to_container(OmegaConf.merge(*layers))
 
@@ -263,9 +269,9 @@ def load(cls:DreamBoothConfig,
 # %% ../nbs/13_dreambooth.ipynb #6bbaf7c3
 _LEAST = {'steps': 0, 'batch_size': 1, 'accumulate': 1, 'prior.n': 0, 'prior.weight': 0, 'prior.threshold': 0, 'prior.dedupe': 0, 'prior.candidates': 0, 'lr': 0, 'resolution': 0, 'checkpoint.every': 1, 'checkpoint.keep': 1,
           'train.rank': 1, 'min_photos': 1, 'weight_decay': 0, 'warmup': 0, 'clip': 0, 'min_snr': 0, 'train.unet_lr': 0, 'train.text_encoder_lr': 0, 'train.token_lr': 0, 'data.views': 1, 'data.colour': 0,
-          'data.dropout': 0, 'data.background': 0, 'loss.huber': 1e-6, 'loss.noise_offset': 0, 'loss.input_perturbation': 0, 'loss.t_min': 0, 'loss.t_max': 0, 'loss.t_std': .01,
+          'data.dropout': 0, 'data.background': 0, 'loss.huber': 1e-6, 'loss.noise_offset': 0, 'loss.input_perturbation': 0, 'loss.t_min': 0, 'loss.t_max': 0, 'loss.t_mean': -10, 'loss.t_std': .01,
           'ema': 0, 'checkpoint.epochs': 0, 'checkpoint.minutes': 0, 'checkpoint.patience': 0, 'prints.every': 0, 'prints.guidance': 0, 'prints.steps': 1}
-_MOST = {'train.rank': 1024, 'ema': .99999, 'prior.threshold': 1, 'prior.dedupe': 1, 'data.colour': 1, 'data.dropout': 1, 'data.background': 1}
+_MOST = {'train.rank': 1024, 'loss.t_mean': 10, 'ema': .99999, 'prior.threshold': 1, 'prior.dedupe': 1, 'data.colour': 1, 'data.dropout': 1, 'data.background': 1}
 _CHOICES = {'train.unet': ('off', 'full', 'lora'), 'train.text_encoder': ('off', 'full', 'lora'), 'mixed_precision': ('no', 'fp16', 'bf16'),
             'fit': ('center-crop', 'random-crop', 'letterbox', 'stretch'), 'loss.kind': ('l2', 'huber'), 'loss.timesteps': ('uniform', 'logit-normal'), 'loss.weighting': ('none', 'debiased', 'p2'),
             'data.cache': ('memory', 'disk', 'off'), 'captions': ('captioner', 'sidecars', 'template'), 'checkpoint.best': ('', 'subject_fidelity', 'prompt_fidelity')}
