@@ -182,6 +182,15 @@ class Concept:
         if not self.weight > 0: raise BoothError(f"the weight of {self.subject!r} is {self.weight}; it must be above 0, or leave the concept out")
     @property
     def subject(self): return f'{self.token} {self.class_noun}'
+    def cut(self,
+        tokenizer, # a CLIP tokenizer
+    ) -> int:      # captions that are longer than what is read of them
+        "Refuse a caption whose rare token lies beyond what the tokenizer reads."
+        limit, name, found = tokenizer.model_max_length - 2, pieces(tokenizer, self.token), [pieces(tokenizer, c) for c in self.captions]
+        for c, p in zip(self.captions, found):
+            at = next((i for i in range(len(p)) if p[i:i + len(name)] == name), 0)
+            if at + len(name) > limit: raise BoothError(f"the caption {c[:60] + ' …'!r} names {self.token!r} as token {at + 1} of {len(p)}, and {limit} are read; name it earlier, or shorten the caption")
+        return sum(len(p) > limit for p in found)
     def __repr__(self): return f'Concept({self.subject!r}, {len(self.photos)} photos, {len(self.priors) if self.priors else 0} class images)'
     def _repr_png_(self): return load_images([show_grid(self.photos, self.captions, cell=112)])[0]._repr_png_()
 
@@ -507,6 +516,7 @@ def training_set(
     o, cs = DataOptions(fit, flip, **options), [concepts] if isinstance(concepts, Concept) else list(concepts)
     if len({c.token for c in cs}) < len(cs): raise BoothError(f"{len(cs)} concepts with {len({c.token for c in cs})} tokens ({', '.join(c.token for c in cs)}); each needs one of its own")
     check_weights(cs)
+    if cut := sum(c.cut(pipe.tokenizer) for c in cs): warnings.warn(f"{cut} captions are longer than the {pipe.tokenizer.model_max_length - 2} tokens that are read, and are cut there; shorten them")
     with_priors = [c for c in cs if c.priors]
     if len(with_priors) not in (0, len(cs)): raise BoothError(f"{len(with_priors)} of {len(cs)} concepts have class images; give them to every concept or to none")
     name = lambda what, i: f'{what} {i}' if i else what

@@ -751,7 +751,7 @@ def check_run(
     pipe,     # StableDiffusionPipeline that it will train; it is not changed
     concepts, # of Concept; their class images may be missing yet
 ):
-    "Refuse what cannot be trained, before any work: names, photos, masks (which are read), timesteps, resolution, optimizer and schedule, prints on the way."
+    "Refuse what cannot be trained, before any work: names, captions, photos, masks (which are read), timesteps, resolution, optimizer and schedule, prints on the way."
     resolution(cfg, pipe)
     check_named(dataclasses.replace(cfg, steps=cfg.steps or suited_steps(pipe)), pipe.device)
     check_photos(cfg, [p for c in concepts for p in c.photos])
@@ -763,6 +763,7 @@ def check_run(
     check_weights(concepts)
     for c in concepts:
         check_name(pipe.tokenizer, c.token, c.class_noun)
+        c.cut(pipe.tokenizer)
         if cfg.data.masks and c.masks is None: c.masks = load_masks(cfg.data.masks, c.photos)
         if c.masks: fitted_masks(pipe, training_views(pipe, c.photos, resolution(cfg, pipe), cfg.seed, DataOptions(cfg.fit, cfg.flip, **data_options(cfg))), c.masks)
     if cfg.prints.every:
