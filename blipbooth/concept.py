@@ -60,8 +60,10 @@ def _named(text, token, class_noun):
 def _sidecar(photo):
     "The text beside a photo."
     if photo.path is None: raise BoothError(f"{photo.name} has no file, so no sidecar; give its caption in a list")
-    f = photo.path.with_suffix('.txt')
-    text = f.read_text(encoding='utf-8').strip() if f.is_file() else ''
+    txt = photo.path.with_suffix('.txt')
+    f = next((o for o in (txt, photo.path.with_suffix('.caption')) if o.is_file()), txt)
+    try: text = f.read_text(encoding='utf-8-sig').strip() if f.is_file() else ''  # some editors begin a file with a mark
+    except UnicodeDecodeError as e: raise BoothError(f"the sidecar {f} is not UTF-8 text ({e.reason} at byte {e.start}); save it as UTF-8") from None
     if not text: raise BoothError(f"the sidecar {f} is {'empty' if f.is_file() else 'missing'}; write a caption into it, or use a template")
     return ' '.join(text.split())
 
