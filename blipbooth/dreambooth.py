@@ -218,11 +218,16 @@ def _written(said):
     free = isinstance(config_fields().get(k, (0,))[0], str) and k not in _CHOICES
     return f'{k}={json.dumps(v.strip(), ensure_ascii=False)}' if free and v.strip() != 'null' and not v.lstrip().startswith(('[', '"', "'")) else said
 
+def _from_file(path):
+    "What a YAML file says; a dotted key in it is the key it names."
+    if not Path(path).is_file(): raise BoothError(f"there is no config file {path}; check the path")
+    given = OmegaConf.load(path)
+    if not OmegaConf.is_dict(given): raise BoothError(f"{path} is a list and holds no keys; write them one a line, such as lr: 1e-5")
+    for k in [k for k in given if '.' in str(k)]: OmegaConf.update(given, k, given.pop(k))
+    return given
+
 def _merge(path, overrides):
-    given = OmegaConf.create()
-    if path:
-        if not Path(path).is_file(): raise BoothError(f"there is no config file {path}; check the path")
-        given = OmegaConf.load(path)
+    given = _from_file(path) if path else OmegaConf.create()
     bad = [o for o in overrides if '=' not in o]
     if bad: raise BoothError(f"{bad[0]!r} is not key=value; write it as, say, lr=1e-5")
     said = OmegaConf.from_dotlist([_written(o) for o in overrides])
@@ -256,8 +261,8 @@ def load(cls:DreamBoothConfig,
 ):              # the configuration, checked
     "Read a configuration from a file and from key=value overrides."
     try: given = _merge(path, overrides)
-    except YAMLError as e: raise BoothError(f"{path or 'the config'} is not YAML: {getattr(e, 'problem', e)}; put a text with brackets or a colon in quotes") from None
-    except (OmegaConfBaseException, ValueError) as e: raise BoothError(f"{path or 'the config'} cannot be read: {str(e).splitlines()[0]}") from None
+    except YAMLError as e: raise BoothError(f"{path or 'the config'} is not YAML{', line %d' % (e.problem_mark.line + 1) if path and getattr(e, 'problem_mark', None) else ''}: {getattr(e, 'problem', e)}; put a text with brackets or a colon in quotes") from None
+    except (OmegaConfBaseException, ValueError, OSError) as e: raise BoothError(f"{path or 'the config'} cannot be read: {str(e).splitlines()[0]}") from None
     if said := _misshaped(given): raise BoothError(said)
     for k, known in _unknown(given, config_fields()):
         near = nearest(k, known)
