@@ -299,6 +299,8 @@ def check(self:DreamBoothConfig):
         if _get(self, k) not in names: raise BoothError(f"{k}={_get(self, k)!r} is unknown; it is {', '.join(first)} or {last}")
     if self.schedule not in ('constant', 'linear', 'cosine') and '.' not in self.schedule: raise BoothError(f"schedule={self.schedule!r} is unknown; it is constant, linear or cosine, or a dotted name such as torch.optim.lr_scheduler.StepLR")
     preset(self.preset)
+    for k in ('photos', 'token', 'class_noun') if self.concepts else ():
+        if getattr(self, k) not in (getattr(DreamBoothConfig, k), getattr(self.concepts[0], k)): raise BoothError(f"{k}={getattr(self, k)} would not be heard, since the subjects are in concepts; write it into the one it belongs to")
     finds_its_own = any(o in self.optimizer.lower() for o in ('prodigy', 'dadapt'))  # these take lr=1 as a factor
     for k in ('lr', 'train.unet_lr', 'train.text_encoder_lr', 'train.token_lr'):
         if _get(self, k) >= .1 and not finds_its_own: raise BoothError(f"{k}={_get(self, k)} would destroy the model; usual values are 1e-6 to 1e-3")
