@@ -51,7 +51,7 @@ class Booth:
         if not c.class_noun: raise BoothError('no class noun; say what the subject is, such as class_noun=fox')
         if photos is None and not c.photos: raise BoothError('no photos; name a folder with three to five photos of the subject')
         self.photos = load_images(c.photos if photos is None else photos)
-        check_photos(c, self.photos)
+        if not c.concepts: check_photos(c, self.photos)  # of several subjects, `check_run` looks at all
         c.photos = str(photos) if isinstance(photos, (str, Path)) else c.photos if photos is None else ''
         own = f"cuda:{os.environ['LOCAL_RANK']}" if device is None and 'LOCAL_RANK' in os.environ and Settings.auto().device == 'cuda' else device  # a GPU a process
         self.cfg, self.device, self.seconds = config, Settings.auto(own).device, {}

@@ -762,6 +762,7 @@ def check_run(
     resolution(cfg, pipe)
     check_named(dataclasses.replace(cfg, steps=cfg.steps or suited_steps(pipe)), pipe.device)
     check_photos(cfg, [p for c in concepts for p in c.photos])
+    for c in concepts if len(concepts) > 1 else (): check_photos(dataclasses.replace(cfg, batch_size=1), c.photos)
     T = pipe.scheduler.config.num_train_timesteps
     for k, most in (('t_min', T - 1), ('t_max', T)):
         if getattr(cfg.loss, k) > most: raise BoothError(f"loss.{k}={getattr(cfg.loss, k)} lies beyond the schedule's {T} timesteps; lower it to {most} at most")
