@@ -181,8 +181,14 @@ def learned(self:Booth) -> list: # of Concept
     with _stage(self, 'priors'):
         concepts = self.concepts(self.captioner)
         for i, o in enumerate(concepts):
-            if c.prior.weight and o.priors is None: o.priors = self.draw_class(o.class_noun, self.out/'priors'/f'{i} {o.token}', o.captions and [o.captions[0].replace(o.subject, o.class_noun)])
+            if c.prior.weight and o.priors is None: o.priors = self.draw_class(o.class_noun, self.out/'priors'/f'{i} {o.token}', [t.replace(o.subject, o.class_noun) for t in o.captions])
     return concepts
+
+@patch
+def tidy(self:Booth):
+    "Remove the folders that were made for this run and are still empty."
+    for o in self.made:
+        with suppress(OSError): o.rmdir()
 
 @patch
 def estimate(self:Booth): # Estimate
