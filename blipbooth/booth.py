@@ -7,7 +7,7 @@ __all__ = ['check_readers', 'Booth', 'demo']
 
 # %% ../nbs/20_booth.ipynb #f6a468bc
 import dataclasses, json, os, time, warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from pathlib import Path
 from fastcore.basics import patch
@@ -62,6 +62,7 @@ class Booth:
             warnings.filterwarnings('ignore', 'one photo')  # has been said
             check_run(c, self.pipe, self.concepts(lambda photos, prompt: [prompt]*len(photos)))
         c.out = str(out or c.out or Path('runs')/c.class_noun.replace(' ', '-'))
+        self.made = [o for o in (Path(c.out).expanduser(), *Path(c.out).expanduser().parents) if not o.exists()]
         self.out, self.waiting, self.accepted = out_dir(c.out), {}, False
 
     @cached_property
