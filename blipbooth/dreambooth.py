@@ -13,6 +13,7 @@ __all__ = ['PRESETS', 'TrainConfig', 'PriorConfig', 'LossConfig', 'CheckpointCon
 
 # %% ../nbs/13_dreambooth.ipynb #8c254960
 import dataclasses, json, math, re, warnings, weakref
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -928,9 +929,10 @@ def _one_step(net, twin, cfg):
     with _fused_attention(), alive, played:
         noisy, t, ids = empty(n, net.unet.config.in_channels, side, side), empty(n, dtype=torch.long), empty(n, text.max_position_embeddings, dtype=torch.long)
         context = empty(n, text.max_position_embeddings, text.hidden_size) if data_options(cfg)['context'] else None
-        loss = (net(noisy, t, ids, context).float() - torch.empty_like(noisy)).pow(2).mean()
-        played.kept.clear()  # as at the end of autocast
-        _engine_run_backward((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)  # `loss.backward` would end the play, and a checkpoint has to find it again
+        for _ in range(min(2, cfg.accumulate)):  # the gradients of a micro-batch lie beside the next one's activations
+            loss = (net(noisy, t, ids, context).float() - torch.empty_like(noisy)).pow(2).mean()
+            played.kept.clear()  # as at the end of autocast
+            _engine_run_backward((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)  # `loss.backward` would end the play, and a checkpoint has to find it again
     return alive.peak
 
 # %% ../nbs/13_dreambooth.ipynb #c18eaeee
@@ -964,18 +966,24 @@ def estimate(
     size = lambda ps: sum(p.numel()*p.element_size() for p in ps)
     trained, spare = [p for p in net.parameters() if p.requires_grad], {id(p) for m in spare_parts(twin, cfg) for p in m.parameters()}
     weights, gradients = size(p for m in (net, pipe.vae) for p in m.parameters() if id(p) not in spare), size(trained)
-    moments = int(gradients*_moments(cfg))
+    moments = int(_moments(cfg, trained))
     average = gradients if cfg.ema else 0
     return Estimate(table, weights + average, gradients, moments, _one_step(net, twin, cfg) - gradients, gradients + moments + average)
 
 # %% ../nbs/13_dreambooth.ipynb #2ea51af4
-def _moments(cfg):
-    "Numbers that the optimizer keeps for each one that trains, found by trying it."
-    p = torch.nn.Parameter(torch.ones(1000))
-    p.grad = torch.ones(1000)
+def _moments(cfg, params):
+    "Bytes that the optimizer keeps beside what trains, found by trying it on small tensors of the same kinds: some keep less of a matrix than of a vector."
+    sizes = Counter()
+    for p in params: sizes[tuple(min(n, 64) for n in p.shape)] += p.numel()*p.element_size()
+    return sum(n*_kept(cfg, shape) for shape, n in sizes.items())
+
+def _kept(cfg, shape):
+    "Numbers that the optimizer keeps for each one of a tensor."
+    p = torch.nn.Parameter(torch.ones(shape))
+    p.grad = torch.ones(shape)
     opt = make_optimizer(cfg, [dict(params=[p], lr=1e-4)])
     opt.step()
-    return sum(v.numel() for v in opt.state[p].values() if torch.is_tensor(v) and v.numel() > 1)/1000
+    return sum(v.numel() for v in opt.state[p].values() if torch.is_tensor(v) and v.numel() > 1)/p.numel()
 
 # %% ../nbs/13_dreambooth.ipynb #6e5c02a0
 def open_run(
