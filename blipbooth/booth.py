@@ -142,7 +142,9 @@ def caption(self:Booth) -> L: # of Caption
 @patch(as_prop=True)
 def train_captions(self:Booth): # list of texts, with the subject's name
     read = lambda photos, prompt: [c.text for c in self.captions]
-    return read_captions(self.photos, self.cfg.token, self.cfg.class_noun, _caption_source(self.cfg, read), self.cfg.template)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', r'\d+ sidecars')  # has been said, when the booth was opened
+        return read_captions(self.photos, self.cfg.token, self.cfg.class_noun, _caption_source(self.cfg, read), self.cfg.template)
 
 # %% ../nbs/20_booth.ipynb #3fd88a39
 @patch

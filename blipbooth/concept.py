@@ -34,7 +34,7 @@ def personalise(
 ) -> str:           # the caption with the subject's name
     "Put the subject's name in the place of the class noun and its article."
     subject = f'{token} {class_noun}'
-    out, n = re.subn(rf'\b(?:(an?|the) )?((?:small|large) )?{re.escape(class_noun)}\b', lambda m: f"{m[1] and 'a ' or ''}{m[2] or ''}{subject}", str(caption), count=1)
+    out, n = re.subn(rf'\b(?:(an?|the) )?((?:small|large) )?{re.escape(class_noun)}\b', lambda m: f"{m[1] and 'a ' or ''}{m[2] or ''}{subject}", str(caption), count=1, flags=re.I)
     return out if n else f'a {subject}'
 
 # %% ../nbs/10_concept.ipynb #8654210e
@@ -55,7 +55,7 @@ def fill_template(
 def _named(text, token, class_noun):
     "A caption with the subject's name in it."
     if '{' in text: return fill_template(text, token, class_noun)
-    return text if re.search(rf'\b{re.escape(token)}\b', text, re.I) else personalise(text, token, class_noun)
+    return text if re.search(rf'(?<!\w){re.escape(token)}(?!\w)', text, re.I) else personalise(text, token, class_noun)
 
 def _sidecar(photo):
     "The text beside a photo."
@@ -78,7 +78,12 @@ def read_captions(
     if how is None:
         templates = [template] if isinstance(template, str) else list(template)
         return [fill_template(templates[i % len(templates)], token, class_noun) for i in range(len(photos))]
-    if how == 'sidecars': return [_named(_sidecar(p), token, class_noun) for p in photos]
+    if how == 'sidecars':
+        told = [_sidecar(p) for p in photos]
+        out = [_named(t, token, class_noun) for t in told]
+        lost = [t for t, o in zip(told, out) if o == f'a {token} {class_noun}' and '{' not in t and class_noun.lower() not in t.lower()]
+        if lost: warnings.warn(f"{len(lost)} sidecars name neither {token!r} nor {class_noun!r} and count as 'a {token} {class_noun}' (such as {lost[0]!r}); write {{subject}} where it belongs")
+        return out
     if isinstance(how, str): raise BoothError(f"captions={how!r} is unknown; it is sidecars, a captioner or a list of texts")
     if callable(how): how, told = how(photos, prompt=article(class_noun)), False
     else: how, told = list(how), True
