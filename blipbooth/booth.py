@@ -216,7 +216,7 @@ def train(self:Booth,
         if not ('estimate.json' in self.waiting or (self.out/'estimate.json').exists()): self.estimate()
     for name in ('pipe', 'captioner', 'matcher', 'model'): self.__dict__.pop(name, None)
     with _stage(self, 'train'), warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'one photo')
+        for said in ('one photo', 'set, and without effect'): warnings.filterwarnings('ignore', said)
         pipe = load_pipeline(self.cfg.model or None, device=self.device)
         judges = [self.judge(pipe)] if self.cfg.checkpoint.best else []
         self.learner = build_learner(pipe, concepts, self.cfg, self.out, resume=True, cbs=[_Accepted(self), *judges, *cbs], anyway=anyway).fit()

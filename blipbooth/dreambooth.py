@@ -8,8 +8,8 @@ __all__ = ['PRESETS', 'TrainConfig', 'PriorConfig', 'LossConfig', 'CheckpointCon
            'choose_parts', 'FrozenConv2d', 'LeanGEGLU', 'FrozenGroupNorm', 'LeanSiLU', 'remember_less', 'FusedLora',
            'fuse_lora', 'token_rows', 'parameter_table', 'DreamBoothLoss', 'suited_steps', 'suited_priors',
            'learning_rates', 'parameter_groups', 'lr_factor', 'make_optimizer', 'make_schedule', 'check_named',
-           'resolution', 'data_options', 'made_with', 'check_run', 'spare_parts', 'run_callbacks', 'build_learner',
-           'Estimate', 'estimate', 'open_run', 'merge_lora', 'export_pipeline']
+           'resolution', 'data_options', 'made_with', 'idle_keys', 'check_run', 'spare_parts', 'run_callbacks',
+           'build_learner', 'Estimate', 'estimate', 'open_run', 'merge_lora', 'export_pipeline']
 
 # %% ../nbs/13_dreambooth.ipynb #8c254960
 import dataclasses, json, math, re, warnings, weakref
@@ -754,6 +754,17 @@ def made_with(
     return info | dict(subjects=[[c.subject, len(c.photos), c.weight] for c in concepts], masks=all_of(lambda c: [file_hash(m.tobytes()) for m in c.masks or ()]))
 
 # %% ../nbs/13_dreambooth.ipynb #5748d937
+def idle_keys(
+    cfg,      # DreamBoothConfig
+    concepts, # of Concept
+) -> list:    # of keys
+    "What is set in a configuration and changes nothing beside the rest of it."
+    t, l = cfg.train, cfg.loss
+    idle = {'loss.huber': l.kind == 'l2', 'loss.t_mean': l.timesteps == 'uniform', 'loss.t_std': l.timesteps == 'uniform', 'data.views': cfg.fit != 'random-crop' and not cfg.data.colour,
+            'data.background': not any(c.masks for c in concepts), 'train.rank': 'lora' not in (t.unet, t.text_encoder), 'train.unet_lr': t.unet == 'off', 'train.text_encoder_lr': t.text_encoder == 'off',
+            'train.token': t.text_encoder == 'full', 'train.token_lr': t.text_encoder == 'full' or not t.token, 'schedule_args': '.' not in cfg.schedule}
+    return [k for k, o in idle.items() if o and _get(cfg, k) != config_fields()[k][0]]
+
 def check_run(
     cfg,      # DreamBoothConfig
     pipe,     # StableDiffusionPipeline that it will train; it is not changed
@@ -778,6 +789,7 @@ def check_run(
     if cfg.prints.every:
         _check_prompts(pipe, [fill(o, concepts[0].subject) for o in cfg.prints.prompts])
         _check_steps(make_scheduler(pipe), cfg.prints.steps)
+    if idle := idle_keys(cfg, concepts): warnings.warn(f"set, and without effect beside the rest of the configuration: {', '.join(f'{k}={_get(cfg, k)}' for k in idle)}")
 
 def spare_parts(
     pipe, # StableDiffusionPipeline
