@@ -45,7 +45,7 @@ class Booth:
         config=None,          # DreamBoothConfig; None: the defaults
         device:str=None,      # cuda, mps or cpu; None: the best there is
     ):
-        c = config = dataclasses.replace(config or DreamBoothConfig())
+        c = config = dataclasses.replace(config or DreamBoothConfig()).check()
         if c.concepts and photos is None: c.photos, c.token, c.class_noun = c.concepts[0].photos, c.concepts[0].token, c.concepts[0].class_noun
         c.token, c.class_noun = token or c.token, class_noun or c.class_noun
         if not c.class_noun: raise BoothError('no class noun; say what the subject is, such as class_noun=fox')

@@ -286,8 +286,16 @@ def _get(cfg, key): return getattr(getattr(cfg, key.split('.')[0]), key.split('.
 
 # %% ../nbs/13_dreambooth.ipynb #8ef05f1b
 @patch
+def _typed(self:DreamBoothConfig):
+    "Values of the fields' own types, as a file would give them; what cannot be read as such is refused."
+    try: made = OmegaConf.to_object(OmegaConf.structured(self))
+    except OmegaConfBaseException as e: raise BoothError(_mistyped(e)) from None
+    self.__dict__.update(made.__dict__)
+
+@patch
 def check(self:DreamBoothConfig):
     "Refuse values that cannot work; returns self."
+    self._typed()
     for k, lo in _LEAST.items():
         if not (_get(self, k) is None or _get(self, k) >= lo): raise BoothError(f"{k}={_get(self, k)} is below {lo}; raise it")
     for k, hi in _MOST.items():
@@ -300,6 +308,8 @@ def check(self:DreamBoothConfig):
         if _get(self, k) not in names: raise BoothError(f"{k}={_get(self, k)!r} is unknown; it is {', '.join(first)} or {last}")
     if self.schedule not in ('constant', 'linear', 'cosine') and '.' not in self.schedule: raise BoothError(f"schedule={self.schedule!r} is unknown; it is constant, linear or cosine, or a dotted name such as torch.optim.lr_scheduler.StepLR")
     preset(self.preset)
+    if said := [k for k in PRESETS.get(self.preset, {}) if PRESETS[self.preset][k] != config_fields()[k][0]]:
+        if all(_get(self, k) == config_fields()[k][0] for k in said): raise BoothError(f"preset={self.preset} is named, and {said[0]}={_get(self, said[0])} is not of it; have it read with DreamBoothConfig.load(None, 'preset={self.preset}')")
     for k in ('photos', 'token', 'class_noun') if self.concepts else ():
         if getattr(self, k) not in (getattr(DreamBoothConfig, k), getattr(self.concepts[0], k)): raise BoothError(f"{k}={getattr(self, k)} would not be heard, since the subjects are in concepts; write it into the one it belongs to")
     finds_its_own = any(o in self.optimizer.lower() for o in ('prodigy', 'dadapt'))  # these take lr=1 as a factor
@@ -771,6 +781,7 @@ def check_run(
     concepts, # of Concept; their class images may be missing yet
 ):
     "Refuse what cannot be trained, before any work: names, captions, photos, masks (which are read), timesteps, resolution, optimizer and schedule, prints on the way."
+    cfg.check()
     resolution(cfg, pipe)
     check_named(dataclasses.replace(cfg, steps=cfg.steps or suited_steps(pipe)), pipe.device)
     check_photos(cfg, [p for c in concepts for p in c.photos])
