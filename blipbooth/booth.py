@@ -7,7 +7,7 @@ __all__ = ['check_readers', 'Booth', 'demo']
 
 # %% ../nbs/20_booth.ipynb #f6a468bc
 import dataclasses, json, os, time, warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from pathlib import Path
 from fastcore.basics import patch
@@ -46,13 +46,13 @@ class Booth:
         config=None,          # DreamBoothConfig; None: the defaults
         device:str=None,      # cuda, mps or cpu; None: the best there is
     ):
-        c = config = dataclasses.replace(config or DreamBoothConfig())
+        c = config = dataclasses.replace(config or DreamBoothConfig()).check()
         if c.concepts and photos is None: c.photos, c.token, c.class_noun = c.concepts[0].photos, c.concepts[0].token, c.concepts[0].class_noun
         c.token, c.class_noun = token or c.token, class_noun or c.class_noun
         if not c.class_noun: raise BoothError('no class noun; say what the subject is, such as class_noun=fox')
         if photos is None and not c.photos: raise BoothError('no photos; name a folder with three to five photos of the subject')
         self.photos = load_images(c.photos if photos is None else photos)
-        check_photos(c, self.photos)
+        if not c.concepts: check_photos(c, self.photos)  # of several subjects, `check_run` looks at all
         c.photos = str(photos) if isinstance(photos, (str, Path)) else c.photos if photos is None else ''
         own = f"cuda:{os.environ['LOCAL_RANK']}" if device is None and 'LOCAL_RANK' in os.environ and Settings.auto().device == 'cuda' else device  # a GPU a process
         self.cfg, self.device, self.seconds = config, Settings.auto(own).device, {}
@@ -63,6 +63,7 @@ class Booth:
             warnings.filterwarnings('ignore', 'one photo')  # has been said
             check_run(c, self.pipe, self.concepts(lambda photos, prompt: [prompt]*len(photos)))
         c.out = str(out or c.out or Path('runs')/c.class_noun.replace(' ', '-'))
+        self.made = [o for o in (Path(c.out).expanduser(), *Path(c.out).expanduser().parents) if not o.exists()]
         self.out, self.waiting, self.accepted = out_dir(c.out), {}, False
 
     @cached_property
@@ -142,7 +143,9 @@ def caption(self:Booth) -> L: # of Caption
 @patch(as_prop=True)
 def train_captions(self:Booth): # list of texts, with the subject's name
     read = lambda photos, prompt: [c.text for c in self.captions]
-    return read_captions(self.photos, self.cfg.token, self.cfg.class_noun, _caption_source(self.cfg, read), self.cfg.template)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', r'\d+ sidecars')  # has been said, when the booth was opened
+        return read_captions(self.photos, self.cfg.token, self.cfg.class_noun, _caption_source(self.cfg, read), self.cfg.template)
 
 # %% ../nbs/20_booth.ipynb #3fd88a39
 @patch
@@ -182,8 +185,14 @@ def learned(self:Booth) -> list: # of Concept
     with _stage(self, 'priors'):
         concepts = self.concepts(self.captioner)
         for i, o in enumerate(concepts):
-            if c.prior.weight and o.priors is None: o.priors = self.draw_class(o.class_noun, self.out/'priors'/f'{i} {o.token}', o.captions and [o.captions[0].replace(o.subject, o.class_noun)])
+            if c.prior.weight and o.priors is None: o.priors = self.draw_class(o.class_noun, self.out/'priors'/f'{i} {o.token}', [t.replace(o.subject, o.class_noun) for t in o.captions])
     return concepts
+
+@patch
+def tidy(self:Booth):
+    "Remove the folders that were made for this run and are still empty."
+    for o in self.made:
+        with suppress(OSError): o.rmdir()
 
 @patch
 def estimate(self:Booth): # Estimate
@@ -208,7 +217,7 @@ def train(self:Booth,
         if not ('estimate.json' in self.waiting or (self.out/'estimate.json').exists()): self.estimate()
     for name in ('pipe', 'captioner', 'matcher', 'model'): self.__dict__.pop(name, None)
     with _stage(self, 'train'), warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'one photo')
+        for said in ('one photo', 'set, and without effect'): warnings.filterwarnings('ignore', said)
         pipe = load_pipeline(self.cfg.model or None, device=self.device)
         judges = [self.judge(pipe)] if self.cfg.checkpoint.best else []
         self.learner = build_learner(pipe, concepts, self.cfg, self.out, resume=True, cbs=[_Accepted(self), *judges, *cbs], anyway=anyway).fit()

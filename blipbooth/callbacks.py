@@ -328,6 +328,7 @@ def restore(self:Checkpoints):
     old, new = load_json(last/'state.json')['info'], json.loads(json.dumps(self.info))
     differ = [f'{k}: {old.get(k)!r} was, {new.get(k)!r} is' for k in {**old, **new} if old.get(k) != new.get(k)]
     if differ and not self.anyway: raise BoothError(f"{last} belongs to another run ({'; '.join(differ)}); give this one a folder of its own, or resume all the same with anyway=True")
+    if (at := load_json(last/'state.json')['step']) > self.learn.steps: raise BoothError(f"{last} is {at} steps in, and steps={self.learn.steps} lies behind it; say steps={at} or more, or choose another folder")
     load_checkpoint(self.learn, last, anew=bool(differ))
 
 # %% ../nbs/12_callbacks.ipynb #a2cb7cff

@@ -152,8 +152,7 @@ def train(
     if dry_run: return _dry_run(booth)
     if os.environ.get('RANK', '0') == '0': print(booth.estimate())  # the first of several processes
     try: booth.train(resume=bool(resume), anyway=anyway)
-    finally:
-        if not any(booth.out.iterdir()): booth.out.rmdir()
+    finally: booth.tidy()
     if booth.learner.accelerator.is_main_process: print(f'trained: {booth.out}')
 
 # %% ../nbs/22_cli.ipynb #c2c2204d
@@ -177,7 +176,7 @@ def _dry_run(booth):
     "Print what would train and what it takes; leaves nothing behind."
     from blipbooth.dreambooth import estimate
     print(estimate(booth.pipe, booth.cfg))
-    if not any(booth.out.iterdir()): booth.out.rmdir()
+    booth.tidy()
 
 # %% ../nbs/22_cli.ipynb #8a7bc4d8
 def evaluate(

@@ -55,14 +55,15 @@ def fill_template(
 def _named(text, token, class_noun):
     "A caption with the subject's name in it."
     if '{' in text: return fill_template(text, token, class_noun)
-    return text if re.search(rf'\b{re.escape(token)}\b', text, re.I) else personalise(text, token, class_noun)
+    return text if re.search(rf'(?<!\w){re.escape(token)}(?!\w)', text, re.I) else personalise(text, token, class_noun)
 
 def _sidecar(photo):
     "The text beside a photo."
     if photo.path is None: raise BoothError(f"{photo.name} has no file, so no sidecar; give its caption in a list")
-    f = photo.path.with_suffix('.txt')
-    try: text = f.read_text(encoding='utf-8-sig').strip() if f.is_file() else ''
-    except UnicodeDecodeError: raise BoothError(f"the sidecar {f} is not UTF-8; save it as UTF-8") from None
+    txt = photo.path.with_suffix('.txt')
+    f = next((o for o in (txt, photo.path.with_suffix('.caption')) if o.is_file()), txt)
+    try: text = f.read_text(encoding='utf-8-sig').strip() if f.is_file() else ''  # some editors begin a file with a mark
+    except UnicodeDecodeError as e: raise BoothError(f"the sidecar {f} is not UTF-8 text ({e.reason} at byte {e.start}); save it as UTF-8") from None
     if not text: raise BoothError(f"the sidecar {f} is {'empty' if f.is_file() else 'missing'}; write a caption into it, or use a template")
     return ' '.join(text.split())
 
@@ -77,7 +78,12 @@ def read_captions(
     if how is None:
         templates = [template] if isinstance(template, str) else list(template)
         return [fill_template(templates[i % len(templates)], token, class_noun) for i in range(len(photos))]
-    if how == 'sidecars': return [_named(_sidecar(p), token, class_noun) for p in photos]
+    if how == 'sidecars':
+        told = [_sidecar(p) for p in photos]
+        out = [_named(t, token, class_noun) for t in told]
+        lost = [t for t, o in zip(told, out) if o == f'a {token} {class_noun}' and '{' not in t and class_noun.lower() not in t.lower()]
+        if lost: warnings.warn(f"{len(lost)} sidecars name neither {token!r} nor {class_noun!r} and count as 'a {token} {class_noun}' (such as {lost[0]!r}); write {{subject}} where it belongs")
+        return out
     if isinstance(how, str): raise BoothError(f"captions={how!r} is unknown; it is sidecars, a captioner or a list of texts")
     if callable(how): how, told = how(photos, prompt=article(class_noun)), False
     else: how, told = list(how), True
@@ -183,6 +189,15 @@ class Concept:
         if not self.weight > 0: raise BoothError(f"the weight of {self.subject!r} is {self.weight}; it must be above 0, or leave the concept out")
     @property
     def subject(self): return f'{self.token} {self.class_noun}'
+    def cut(self,
+        tokenizer, # a CLIP tokenizer
+    ) -> int:      # captions that are longer than what is read of them
+        "Refuse a caption whose rare token lies beyond what the tokenizer reads."
+        limit, name, found = tokenizer.model_max_length - 2, pieces(tokenizer, self.token), [pieces(tokenizer, c) for c in self.captions]
+        for c, p in zip(self.captions, found):
+            at = next((i for i in range(len(p)) if p[i:i + len(name)] == name), 0)
+            if at + len(name) > limit: raise BoothError(f"the caption {c[:60] + ' …'!r} names {self.token!r} as token {at + 1} of {len(p)}, and {limit} are read; name it earlier, or shorten the caption")
+        return sum(len(p) > limit for p in found)
     def __repr__(self): return f'Concept({self.subject!r}, {len(self.photos)} photos, {len(self.priors) if self.priors else 0} class images)'
     def _repr_png_(self): return load_images([show_grid(self.photos, self.captions, cell=112)])[0]._repr_png_()
 
@@ -508,6 +523,7 @@ def training_set(
     o, cs = DataOptions(fit, flip, **options), [concepts] if isinstance(concepts, Concept) else list(concepts)
     if len({c.token for c in cs}) < len(cs): raise BoothError(f"{len(cs)} concepts with {len({c.token for c in cs})} tokens ({', '.join(c.token for c in cs)}); each needs one of its own")
     check_weights(cs)
+    if cut := sum(c.cut(pipe.tokenizer) for c in cs): warnings.warn(f"{cut} captions are longer than the {pipe.tokenizer.model_max_length - 2} tokens that are read, and are cut there; shorten them")
     with_priors = [c for c in cs if c.priors]
     if len(with_priors) not in (0, len(cs)): raise BoothError(f"{len(with_priors)} of {len(cs)} concepts have class images; give them to every concept or to none")
     name = lambda what, i: f'{what} {i}' if i else what

@@ -8,11 +8,12 @@ __all__ = ['PRESETS', 'TrainConfig', 'PriorConfig', 'LossConfig', 'CheckpointCon
            'choose_parts', 'FrozenConv2d', 'LeanGEGLU', 'FrozenGroupNorm', 'LeanSiLU', 'remember_less', 'FusedLora',
            'fuse_lora', 'token_rows', 'parameter_table', 'DreamBoothLoss', 'suited_steps', 'suited_priors',
            'learning_rates', 'parameter_groups', 'lr_factor', 'make_optimizer', 'make_schedule', 'check_named',
-           'resolution', 'data_options', 'made_with', 'check_run', 'spare_parts', 'run_callbacks', 'build_learner',
-           'Estimate', 'estimate', 'open_run', 'merge_lora', 'export_pipeline']
+           'resolution', 'data_options', 'made_with', 'idle_keys', 'check_run', 'spare_parts', 'run_callbacks',
+           'build_learner', 'Estimate', 'estimate', 'open_run', 'merge_lora', 'export_pipeline']
 
 # %% ../nbs/13_dreambooth.ipynb #8c254960
 import dataclasses, json, math, re, warnings, weakref
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -212,14 +213,25 @@ def _unknown(cfg, known, prefix=''):
         elif prefix + str(k) not in known: yield prefix + str(k), known
         elif prefix + str(k) == 'concepts': yield from (bad for c in (v if isinstance(v, list) else ()) if isinstance(c, dict) for bad in _unknown(c, config_fields(ConceptConfig)))
 
+def _written(said):
+    "An override; a name, path or text is taken as it is written, though YAML would read 007 as 7, no as false, and stop at a colon or #."
+    k, _, v = said.partition('=')
+    free = isinstance(config_fields().get(k, (0,))[0], str) and k not in _CHOICES
+    return f'{k}={json.dumps(v.strip(), ensure_ascii=False)}' if free and v.strip() != 'null' and not v.lstrip().startswith(('[', '"', "'")) else said
+
+def _from_file(path):
+    "What a YAML file says; a dotted key in it is the key it names."
+    if not Path(path).is_file(): raise BoothError(f"there is no config file {path}; check the path")
+    given = OmegaConf.load(path)
+    if not OmegaConf.is_dict(given): raise BoothError(f"{path} is a list and holds no keys; write them one a line, such as lr: 1e-5")
+    for k in [k for k in given if '.' in str(k)]: OmegaConf.update(given, k, given.pop(k))
+    return given
+
 def _merge(path, overrides):
-    given = OmegaConf.create()
-    if path:
-        if not Path(path).is_file(): raise BoothError(f"there is no config file {path}; check the path")
-        given = OmegaConf.load(path)
+    given = _from_file(path) if path else OmegaConf.create()
     bad = [o for o in overrides if '=' not in o]
     if bad: raise BoothError(f"{bad[0]!r} is not key=value; write it as, say, lr=1e-5")
-    said = OmegaConf.from_dotlist(list(overrides))
+    said = OmegaConf.from_dotlist([_written(o) for o in overrides])
     layers = [preset(given.get('preset')), given, preset(said.get('preset')), said]  # an override beats the file, and both beat the preset they name
     return OmegaConf.to_container(OmegaConf.merge(*layers))
 
@@ -250,8 +262,8 @@ def load(cls:DreamBoothConfig,
 ):              # the configuration, checked
     "Read a configuration from a file and from key=value overrides."
     try: given = _merge(path, overrides)
-    except YAMLError as e: raise BoothError(f"{path or 'the config'} is not YAML: {getattr(e, 'problem', e)}; put a text with brackets or a colon in quotes") from None
-    except (OmegaConfBaseException, ValueError) as e: raise BoothError(f"{path or 'the config'} cannot be read: {str(e).splitlines()[0]}") from None
+    except YAMLError as e: raise BoothError(f"{path or 'the config'} is not YAML{', line %d' % (e.problem_mark.line + 1) if path and getattr(e, 'problem_mark', None) else ''}: {getattr(e, 'problem', e)}; put a text with brackets or a colon in quotes") from None
+    except (OmegaConfBaseException, ValueError, OSError) as e: raise BoothError(f"{path or 'the config'} cannot be read: {str(e).splitlines()[0]}") from None
     if said := _misshaped(given): raise BoothError(said)
     for k, known in _unknown(given, config_fields()):
         near = nearest(k, known)
@@ -263,9 +275,9 @@ def load(cls:DreamBoothConfig,
 # %% ../nbs/13_dreambooth.ipynb #6bbaf7c3
 _LEAST = {'steps': 0, 'batch_size': 1, 'accumulate': 1, 'prior.n': 0, 'prior.weight': 0, 'prior.threshold': 0, 'prior.dedupe': 0, 'prior.candidates': 0, 'lr': 0, 'resolution': 0, 'checkpoint.every': 1, 'checkpoint.keep': 1,
           'train.rank': 1, 'min_photos': 1, 'weight_decay': 0, 'warmup': 0, 'clip': 0, 'min_snr': 0, 'train.unet_lr': 0, 'train.text_encoder_lr': 0, 'train.token_lr': 0, 'data.views': 1, 'data.colour': 0,
-          'data.dropout': 0, 'data.background': 0, 'loss.huber': 1e-6, 'loss.noise_offset': 0, 'loss.input_perturbation': 0, 'loss.t_min': 0, 'loss.t_max': 0, 'loss.t_std': .01,
+          'data.dropout': 0, 'data.background': 0, 'loss.huber': 1e-6, 'loss.noise_offset': 0, 'loss.input_perturbation': 0, 'loss.t_min': 0, 'loss.t_max': 0, 'loss.t_mean': -10, 'loss.t_std': .01,
           'ema': 0, 'checkpoint.epochs': 0, 'checkpoint.minutes': 0, 'checkpoint.patience': 0, 'prints.every': 0, 'prints.guidance': 0, 'prints.steps': 1}
-_MOST = {'train.rank': 1024, 'ema': .99999, 'prior.threshold': 1, 'prior.dedupe': 1, 'data.colour': 1, 'data.dropout': 1, 'data.background': 1}
+_MOST = {'train.rank': 1024, 'loss.t_mean': 10, 'ema': .99999, 'prior.threshold': 1, 'prior.dedupe': 1, 'data.colour': 1, 'data.dropout': 1, 'data.background': 1}
 _CHOICES = {'train.unet': ('off', 'full', 'lora'), 'train.text_encoder': ('off', 'full', 'lora'), 'mixed_precision': ('no', 'fp16', 'bf16'),
             'fit': ('center-crop', 'random-crop', 'letterbox', 'stretch'), 'loss.kind': ('l2', 'huber'), 'loss.timesteps': ('uniform', 'logit-normal'), 'loss.weighting': ('none', 'debiased', 'p2'),
             'data.cache': ('memory', 'disk', 'off'), 'captions': ('captioner', 'sidecars', 'template'), 'checkpoint.best': ('', 'subject_fidelity', 'prompt_fidelity')}
@@ -274,8 +286,16 @@ def _get(cfg, key): return getattr(getattr(cfg, key.split('.')[0]), key.split('.
 
 # %% ../nbs/13_dreambooth.ipynb #8ef05f1b
 @patch
+def _typed(self:DreamBoothConfig):
+    "Values of the fields' own types, as a file would give them; what cannot be read as such is refused."
+    try: made = OmegaConf.to_object(OmegaConf.structured(self))
+    except OmegaConfBaseException as e: raise BoothError(_mistyped(e)) from None
+    self.__dict__.update(made.__dict__)
+
+@patch
 def check(self:DreamBoothConfig):
     "Refuse values that cannot work; returns self."
+    self._typed()
     for k, lo in _LEAST.items():
         if not (_get(self, k) is None or _get(self, k) >= lo): raise BoothError(f"{k}={_get(self, k)} is below {lo}; raise it")
     for k, hi in _MOST.items():
@@ -289,6 +309,10 @@ def check(self:DreamBoothConfig):
     if self.schedule not in ('constant', 'linear', 'cosine') and '.' not in self.schedule:
         raise BoothError(f"schedule={self.schedule!r} is unknown; it is constant, linear or cosine, or a dotted name such as torch.optim.lr_scheduler.StepLR")
     preset(self.preset)
+    if said := [k for k in PRESETS.get(self.preset, {}) if PRESETS[self.preset][k] != config_fields()[k][0]]:
+        if all(_get(self, k) == config_fields()[k][0] for k in said): raise BoothError(f"preset={self.preset} is named, and {said[0]}={_get(self, said[0])} is not of it; have it read with DreamBoothConfig.load(None, 'preset={self.preset}')")
+    for k in ('photos', 'token', 'class_noun') if self.concepts else ():
+        if getattr(self, k) not in (getattr(DreamBoothConfig, k), getattr(self.concepts[0], k)): raise BoothError(f"{k}={getattr(self, k)} would not be heard, since the subjects are in concepts; write it into the one it belongs to")
     finds_its_own = any(o in self.optimizer.lower() for o in ('prodigy', 'dadapt'))  # these take lr=1 as a factor
     for k in ('lr', 'train.unet_lr', 'train.text_encoder_lr', 'train.token_lr'):
         if _get(self, k) >= .1 and not finds_its_own: raise BoothError(f"{k}={_get(self, k)} would destroy the model; usual values are 1e-6 to 1e-3")
@@ -367,6 +391,7 @@ def choose_parts(
     from peft import LoraConfig, inject_adapter_in_model
     net = Trained(pipe)
     pipe.vae.requires_grad_(False)
+    _closed_rows(pipe)
     for name in ('unet', 'text_encoder'):
         part, how = getattr(net, name), getattr(cfg.train, name)
         if how != 'off' and getattr(part, '_hf_peft_config_loaded', False): raise BoothError(f"the {name} has LoRA layers already; add them to its weights with merge_lora(pipe), or load the pipeline again")
@@ -521,11 +546,17 @@ def token_rows(
 
 def _open_rows(pipe, tokens):
     "Let the rare tokens' rows of the embedding table learn, and no other."
-    w = pipe.text_encoder.get_input_embeddings().weight
+    w = _closed_rows(pipe)
     mask = torch.zeros(len(w), 1, device=w.device)
     for t in tokens: mask[token_rows(pipe, t)] = 1
     w.requires_grad_(True)
-    w.register_hook(lambda g: g*mask.to(g))
+    w.opened = w.register_hook(lambda g: g*mask.to(g))
+
+def _closed_rows(pipe):
+    "The embedding table, without what an earlier training of some of its rows left on it."
+    w = pipe.text_encoder.get_input_embeddings().weight
+    if hasattr(w, 'opened'): w.opened.remove()
+    return w
 
 # %% ../nbs/13_dreambooth.ipynb #29f42f1a
 def parameter_table(
@@ -740,15 +771,28 @@ def made_with(
     return info | dict(subjects=[[c.subject, len(c.photos), c.weight] for c in concepts], masks=all_of(lambda c: [file_hash(m.tobytes()) for m in c.masks or ()]))
 
 # %% ../nbs/13_dreambooth.ipynb #5748d937
+def idle_keys(
+    cfg,      # DreamBoothConfig
+    concepts, # of Concept
+) -> list:    # of keys
+    "What is set in a configuration and changes nothing beside the rest of it."
+    t, l = cfg.train, cfg.loss
+    idle = {'loss.huber': l.kind == 'l2', 'loss.t_mean': l.timesteps == 'uniform', 'loss.t_std': l.timesteps == 'uniform', 'data.views': cfg.fit != 'random-crop' and not cfg.data.colour,
+            'data.background': not any(c.masks for c in concepts), 'train.rank': 'lora' not in (t.unet, t.text_encoder), 'train.unet_lr': t.unet == 'off', 'train.text_encoder_lr': t.text_encoder == 'off',
+            'train.token': t.text_encoder == 'full', 'train.token_lr': t.text_encoder == 'full' or not t.token, 'schedule_args': '.' not in cfg.schedule}
+    return [k for k, o in idle.items() if o and _get(cfg, k) != config_fields()[k][0]]
+
 def check_run(
     cfg,      # DreamBoothConfig
     pipe,     # StableDiffusionPipeline that it will train; it is not changed
     concepts, # of Concept; their class images may be missing yet
 ):
-    "Refuse what cannot be trained, before any work: names, photos, masks (which are read), timesteps, resolution, optimizer and schedule, prints on the way."
+    "Refuse what cannot be trained, before any work: names, captions, photos, masks (which are read), timesteps, resolution, optimizer and schedule, prints on the way."
+    cfg.check()
     resolution(cfg, pipe)
     check_named(dataclasses.replace(cfg, steps=cfg.steps or suited_steps(pipe)), pipe.device)
     check_photos(cfg, [p for c in concepts for p in c.photos])
+    for c in concepts if len(concepts) > 1 else (): check_photos(dataclasses.replace(cfg, batch_size=1), c.photos)
     T = pipe.scheduler.config.num_train_timesteps
     for k, most in (('t_min', T - 1), ('t_max', T)):
         if getattr(cfg.loss, k) > most: raise BoothError(f"loss.{k}={getattr(cfg.loss, k)} lies beyond the schedule's {T} timesteps; lower it to {most} at most")
@@ -757,11 +801,13 @@ def check_run(
     check_weights(concepts)
     for c in concepts:
         check_name(pipe.tokenizer, c.token, c.class_noun)
+        c.cut(pipe.tokenizer)
         if cfg.data.masks and c.masks is None: c.masks = load_masks(cfg.data.masks, c.photos)
         if c.masks: fitted_masks(pipe, training_views(pipe, c.photos, resolution(cfg, pipe), cfg.seed, DataOptions(cfg.fit, cfg.flip, **data_options(cfg))), c.masks)
     if cfg.prints.every:
         _check_prompts(pipe, [fill(o, concepts[0].subject) for o in cfg.prints.prompts])
         _check_steps(make_scheduler(pipe), cfg.prints.steps)
+    if idle := idle_keys(cfg, concepts): warnings.warn(f"set, and without effect beside the rest of the configuration: {', '.join(f'{k}={_get(cfg, k)}' for k in idle)}")
 
 def spare_parts(
     pipe, # StableDiffusionPipeline
@@ -916,9 +962,10 @@ def _one_step(net, twin, cfg):
     with _fused_attention(), alive, played:
         noisy, t, ids = empty(n, net.unet.config.in_channels, side, side), empty(n, dtype=torch.long), empty(n, text.max_position_embeddings, dtype=torch.long)
         context = empty(n, text.max_position_embeddings, text.hidden_size) if data_options(cfg)['context'] else None
-        loss = (net(noisy, t, ids, context).float() - torch.empty_like(noisy)).pow(2).mean()
-        played.kept.clear()  # as at the end of autocast
-        _engine_run_backward((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)  # `loss.backward` would end the play, and a checkpoint has to find it again
+        for _ in range(min(2, cfg.accumulate)):  # the gradients of a micro-batch lie beside the next one's activations
+            loss = (net(noisy, t, ids, context).float() - torch.empty_like(noisy)).pow(2).mean()
+            played.kept.clear()  # as at the end of autocast
+            _engine_run_backward((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)  # `loss.backward` would end the play, and a checkpoint has to find it again
     return alive.peak
 
 # %% ../nbs/13_dreambooth.ipynb #c18eaeee
@@ -952,18 +999,24 @@ def estimate(
     size = lambda ps: sum(p.numel()*p.element_size() for p in ps)
     trained, spare = [p for p in net.parameters() if p.requires_grad], {id(p) for m in spare_parts(twin, cfg) for p in m.parameters()}
     weights, gradients = size(p for m in (net, pipe.vae) for p in m.parameters() if id(p) not in spare), size(trained)
-    moments = int(gradients*_moments(cfg))
+    moments = int(_moments(cfg, trained))
     average = gradients if cfg.ema else 0
     return Estimate(table, weights + average, gradients, moments, _one_step(net, twin, cfg) - gradients, gradients + moments + average)
 
 # %% ../nbs/13_dreambooth.ipynb #2ea51af4
-def _moments(cfg):
-    "Numbers that the optimizer keeps for each one that trains, found by trying it."
-    p = torch.nn.Parameter(torch.ones(1000))
-    p.grad = torch.ones(1000)
+def _moments(cfg, params):
+    "Bytes that the optimizer keeps beside what trains, found by trying it on small tensors of the same kinds: some keep less of a matrix than of a vector."
+    sizes = Counter()
+    for p in params: sizes[tuple(min(n, 64) for n in p.shape)] += p.numel()*p.element_size()
+    return sum(n*_kept(cfg, shape) for shape, n in sizes.items())
+
+def _kept(cfg, shape):
+    "Numbers that the optimizer keeps for each one of a tensor."
+    p = torch.nn.Parameter(torch.ones(shape))
+    p.grad = torch.ones(shape)
     opt = make_optimizer(cfg, [dict(params=[p], lr=1e-4)])
     opt.step()
-    return sum(v.numel() for v in opt.state[p].values() if torch.is_tensor(v) and v.numel() > 1)/1000
+    return sum(v.numel() for v in opt.state[p].values() if torch.is_tensor(v) and v.numel() > 1)/p.numel()
 
 # %% ../nbs/13_dreambooth.ipynb #6e5c02a0
 def open_run(

@@ -206,8 +206,9 @@ def model_card(
     many = 'One subject' if len(names) == 1 else f'{len(names)} subjects'
     what = f"{many}, learned with DreamBooth from a few photos by blipbooth. In a prompt it is called {', or '.join(f'`{o}`' for o in names)}."
     beside = [f"The embedding of `<{t}>` lies in `{f}`; without it, `<{t}>` means nothing." for t, f in files.items()]
-    left = [k for k in ('unet', 'text_encoder') if getattr(cfg.train, k) == 'full'] if format in ('lora', 'kohya') else []
-    if left: beside.append(f"The {' and the '.join(left)} was trained in full, which this format does not hold; prints of the whole run look otherwise.")
+    without = dict(lora=['full'], kohya=['full'], embedding=['full', 'lora']).get(format, [])
+    left = [k for k in ('unet', 'text_encoder') if getattr(cfg.train, k) in without]
+    if left: beside.append(f"The {' and the '.join(left)} was trained{' in full'*(format != 'embedding')}, which this format does not hold; prints of the whole run look otherwise.")
     pictures = '\n'.join(f'![{p}]({p})' for p in prints) or 'None.'
     parts = [f"# {', '.join(f'{c.token} {c.class_noun}' for c in cfg.concepts or [cfg])}", what, *beside, f'```python\n{_use(cfg, format, repo, names[0])}\n```',
              '## Prints', pictures, '## Numbers', _numbers(report or {}), '## Recipe', f'Trained from {base}. What is not listed is the default.', _recipe(cfg), '## Licences',
@@ -236,6 +237,7 @@ def _check_format(cfg, run, format):
     full, lora = ([k for k in ('unet', 'text_encoder') if getattr(cfg.train, k) == how] for how in ('full', 'lora'))
     if format not in FORMATS: raise BoothError(f"no format {format!r}; it is {', '.join(FORMATS)}" + (f" (did you mean {nearest(format, FORMATS)}?)" if nearest(format, FORMATS) else ''))
     if format == 'embedding' and not (cfg.train.token or cfg.train.text_encoder == 'full'): raise BoothError(f"{run} has not trained the token: train.token is false; export it as {'lora' if lora and not full else 'diffusers'}")
+    if format == 'embedding' and full + lora: warnings.warn(f"{run} has trained the {' and the '.join(full + lora)}, too, for which embedding has no place: prints will differ; export it as {'diffusers' if full else 'lora, where the embedding lies beside'}, which holds everything")
     if format not in ('lora', 'kohya'): return
     what = f"{run} has trained the {' and the '.join(full)} in full, for which {format} has no place"
     if full and not lora: raise BoothError(f"{what}; export it as diffusers, which holds everything")

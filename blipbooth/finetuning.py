@@ -28,7 +28,7 @@ from .learner import Callback, CancelFit, Learner
 
 # %% ../nbs/15_finetuning.ipynb #d2574a37
 def _read_text(path):
-    try: return path.read_text(encoding='utf-8').strip()
+    try: return path.read_text(encoding='utf-8-sig').strip()
     except (OSError, UnicodeDecodeError) as e: raise BoothError(f"{path} cannot be read as text ({e}); save it as UTF-8") from None
 
 def _sidecars(folder):

@@ -129,13 +129,17 @@ def load_image(
 
 # %% ../nbs/01_images.ipynb #29c73d48
 _suffixes = '.png .jpg .jpeg .webp .bmp .gif .tif .tiff'.split()
+_foreign = '.heic .heif .avif .jfif .jxl .jp2 .psd .svg .dng .raw .cr2 .cr3 .nef .arw'.split()
 
 def _photo_files(folder):
     "The picture files of a folder, by name."
     files = sorted(o for o in folder.iterdir() if o.is_file() and not o.name.startswith('.'))
     photos = [o for o in files if o.suffix.lower() in _suffixes]
+    left = [o.name for o in files if o.suffix.lower() in _foreign]
+    if photos and left: warnings.warn(f"{len(left)} of the pictures in {folder} cannot be read here and are left out ({left[0]}{' …'*(len(left) > 1)}); save them as PNG or JPEG")
     if photos: return photos
-    found = f"only {', '.join(o.name for o in files[:3])}" if files else "it is empty"
+    files = files or sorted(o for o in folder.iterdir() if o.is_dir())
+    found = f"only {', '.join(o.name + '/'*o.is_dir() for o in files[:3])}" if files else "it is empty"
     raise BoothError(f"no photo in {folder}: {found}; photos end in {' '.join(_suffixes)}")
 
 def _sources(src):
