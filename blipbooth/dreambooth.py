@@ -770,18 +770,21 @@ def made_with(
     info |= dict(photo_hashes=all_of(lambda c: [p.hash for p in c.photos]), captions=all_of(lambda c: c.captions), priors=all_of(lambda c: [r['hash'] for r in c.priors.kept] if c.priors else []))
     return info | dict(subjects=[[c.subject, len(c.photos), c.weight] for c in concepts], masks=all_of(lambda c: [file_hash(m.tobytes()) for m in c.masks or ()]))
 
-# %% ../nbs/13_dreambooth.ipynb #5748d937
+# %% ../nbs/13_dreambooth.ipynb #3e543219
 def idle_keys(
     cfg,      # DreamBoothConfig
     concepts, # of Concept
 ) -> list:    # of keys
     "What is set in a configuration and changes nothing beside the rest of it."
     t, l = cfg.train, cfg.loss
-    idle = {'loss.huber': l.kind == 'l2', 'loss.t_mean': l.timesteps == 'uniform', 'loss.t_std': l.timesteps == 'uniform', 'data.views': cfg.fit != 'random-crop' and not cfg.data.colour,
-            'data.background': not any(c.masks for c in concepts), 'train.rank': 'lora' not in (t.unet, t.text_encoder), 'train.unet_lr': t.unet == 'off', 'train.text_encoder_lr': t.text_encoder == 'off',
-            'train.token': t.text_encoder == 'full', 'train.token_lr': t.text_encoder == 'full' or not t.token, 'schedule_args': '.' not in cfg.schedule}
+    uniform, whole = l.timesteps == 'uniform', t.text_encoder == 'full'  # the whole text encoder: its embeddings, too
+    idle = {'loss.huber': l.kind == 'l2', 'loss.t_mean': uniform, 'loss.t_std': uniform, 'schedule_args': '.' not in cfg.schedule,
+            'data.views': cfg.fit != 'random-crop' and not cfg.data.colour, 'data.background': not any(c.masks for c in concepts),
+            'train.rank': 'lora' not in (t.unet, t.text_encoder), 'train.unet_lr': t.unet == 'off', 'train.text_encoder_lr': t.text_encoder == 'off',
+            'train.token': whole, 'train.token_lr': whole or not t.token}
     return [k for k, o in idle.items() if o and _get(cfg, k) != config_fields()[k][0]]
 
+# %% ../nbs/13_dreambooth.ipynb #5748d937
 def check_run(
     cfg,      # DreamBoothConfig
     pipe,     # StableDiffusionPipeline that it will train; it is not changed
