@@ -778,10 +778,10 @@ def idle_keys(
     "What is set in a configuration and changes nothing beside the rest of it."
     t, l = cfg.train, cfg.loss
     uniform, whole = l.timesteps == 'uniform', t.text_encoder == 'full'  # the whole text encoder: its embeddings, too
-    idle = {'loss.huber': l.kind == 'l2', 'loss.t_mean': uniform, 'loss.t_std': uniform, 'schedule_args': '.' not in cfg.schedule,
+    idle = {'loss.huber': l.kind == 'l2', 'loss.t_mean': uniform, 'loss.t_std': uniform,
             'data.views': cfg.fit != 'random-crop' and not cfg.data.colour, 'data.background': not any(c.masks for c in concepts),
             'train.rank': 'lora' not in (t.unet, t.text_encoder), 'train.unet_lr': t.unet == 'off', 'train.text_encoder_lr': t.text_encoder == 'off',
-            'train.token': whole, 'train.token_lr': whole or not t.token}
+            'train.token': whole, 'train.token_lr': whole or not t.token, 'schedule_args': '.' not in cfg.schedule}
     return [k for k, o in idle.items() if o and _get(cfg, k) != config_fields()[k][0]]
 
 # %% ../nbs/13_dreambooth.ipynb #5748d937
