@@ -49,7 +49,7 @@ class Booth:
         c = config = dataclasses.replace(config or DreamBoothConfig())
         if c.concepts and not (photos is None and token is None and class_noun is None): raise BoothError(f"{len(c.concepts)} subjects stand in config.concepts, with photos, token and class noun; leave those out here, or concepts there")
         if c.concepts: c.photos, c.token, c.class_noun = c.concepts[0].photos, c.concepts[0].token, c.concepts[0].class_noun
-        c.token, c.class_noun = token or c.token, class_noun or c.class_noun
+        c.token, c.class_noun = (' '.join(str(o).split()) for o in (token or c.token, class_noun or c.class_noun))
         if not c.class_noun: raise BoothError('no class noun; say what the subject is, such as class_noun=fox')
         if photos is None and not c.photos: raise BoothError('no photos; name a folder with three to five photos of the subject')
         self.photos = load_images(c.photos if photos is None else photos)
