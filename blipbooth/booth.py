@@ -46,6 +46,7 @@ class Booth:
         config=None,          # DreamBoothConfig; None: the defaults
         device:str=None,      # cuda, mps or cpu; None: the best there is
     ):
+        if not isinstance(config, (DreamBoothConfig, type(None))): raise BoothError(f"config={config!r} is a {type(config).__name__}; give a DreamBoothConfig, such as DreamBoothConfig.load('dreambooth.yaml')")
         c = config = dataclasses.replace(config or DreamBoothConfig())
         if c.concepts and not (photos is None and token is None and class_noun is None): raise BoothError(f"{len(c.concepts)} subjects stand in config.concepts, with photos, token and class noun; leave those out here, or concepts there")
         if c.concepts: c.photos, c.token, c.class_noun = c.concepts[0].photos, c.concepts[0].token, c.concepts[0].class_noun
