@@ -74,7 +74,11 @@ class Booth:
     @cached_property
     def matcher(self): return Matcher.from_pretrained(self.cfg.matcher or None, device=self.device)
     @cached_property
-    def model(self): return open_run(self.out)[0].to(self.device)  # what the run has learned: the best checkpoint, or the last; averaged, if it keeps an average
+    def model(self): # what the run has learned: the best checkpoint, or the last; averaged, if it keeps an average
+        pipe, c = open_run(self.out)
+        learned = [f'{o.token} {o.class_noun}' for o in c.concepts or [c]]
+        if c.class_noun and self.subject not in learned: raise BoothError(f"{self.out} has learned {learned[0]!r}, not {self.subject!r}; open it with that token and class noun, or choose another out=")
+        return pipe.to(self.device)
     def __repr__(self): return f'Booth({self.subject!r}, {len(self.photos)} photos, {self.out.name}/)'
 
 # %% ../nbs/20_booth.ipynb #aff2c529
