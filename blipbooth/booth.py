@@ -298,6 +298,7 @@ def evaluate(self:Booth,
     **kw, # steps, guidance, seed, n_class: see `Booth.prints_of`
 ) -> Report:
     "Measure before and after; writes report.json, report.html and contact-sheet.png."
+    self.model                                                 # a run that has learned nothing is found out before the work
     if not hasattr(self, 'captions'): self.caption()
     noun, asked = self.cfg.class_noun, [f'{article(self.cfg.class_noun)} {p}' for p in self.places()]
     with _stage(self, 'evaluate'):
