@@ -10,7 +10,7 @@ import dataclasses, json, os, time, warnings
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
-from fastcore.basics import patch
+from fastcore.basics import listify, patch
 from fastcore.foundation import L
 from .callbacks import Best, Checkpoints, track_report
 from .captioning import Captioner
@@ -244,15 +244,15 @@ def guidance(self:Booth, pipe) -> float:
 
 @patch
 def print(self:Booth,
-    prompt:str,         # such as "a {subject} on a purple background"
-    n:int=4,            # how many
+    prompt,             # such as "a {subject} on a purple background", or a list of such
+    n:int=4,            # how many of each
     steps:int=30,       # sampling steps
     guidance:float=None,# classifier-free guidance; None: what is configured, or suits the model
     seed:int=0,         # image i is a function of (seed, i)
     **kw,               # see `sample`
 ) -> L:                 # of PIL images
     "Print the subject somewhere."
-    return L(sample(self.model, prompt.replace('{subject}', self.subject), n, steps, self.guidance(self.model) if guidance is None else guidance, seed=seed, **kw))
+    return L(sample(self.model, prompt, n, steps, self.guidance(self.model) if guidance is None else guidance, seed=seed, **{'subject': self.subject, **kw}))
 
 # %% ../nbs/20_booth.ipynb #ec9617d7
 @patch
@@ -261,9 +261,9 @@ def save_prints(self:Booth,
     seed:int=0, # print i has seed `seed + i`
 ) -> L:       # of files in samples/
     "Print once per prompt into the run folder."
-    samples = out_dir(self.out/'samples')
+    samples, prompts = out_dir(self.out/'samples'), listify(prompts)
     with _stage(self, 'print'):
-        images = sample(self.model, [p.replace('{subject}', self.subject) for p in prompts], seed=[seed + i for i in range(len(prompts))], steps=30, guidance=self.guidance(self.model))
+        images = sample(self.model, prompts, subject=self.subject, seed=[seed + i for i in range(len(prompts))], steps=30, guidance=self.guidance(self.model))
         return L(save_print(im, samples/f'{i:02d}.png') for i, im in enumerate(images))
 
 # %% ../nbs/20_booth.ipynb #ff0707bd
