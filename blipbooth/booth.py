@@ -18,7 +18,7 @@ from .concept import Concept, check_name, read_captions
 from .core import BoothError, Settings, atomic_write, load_json, out_dir, read_jsonl, resolve_model, save_json
 from .dreambooth import DreamBoothConfig, build_learner, check_photos, check_run, estimate, load_concepts, open_run, suited_priors, suited_steps
 from .evaluation import Report, measure, prompt_fidelity, recipe, subject_fidelity
-from .images import contact_sheet, load_images
+from .images import contact_sheet, load_images, _suffixes
 from .learner import Callback
 from .matching import Matcher
 from .priors import article, class_prompts, load_priors, make_priors as draw_priors
@@ -121,7 +121,14 @@ class _Accepted(Callback):
         self.booth.waiting.clear()
 
 def _save_photos(photos, folder):
-    for i, p in enumerate(photos): p.image.save(out_dir(folder)/f'{i:02d}.png')
+    "Photos in their order: files as they are, with alpha and the text beside them; pictures as PNG."
+    folder, names = out_dir(folder), [p.path.name if p.path else '' for p in photos]
+    in_order = names == sorted({*names} - {''})
+    for i, p in enumerate(photos):
+        if p.path is None or not p.path.exists() or p.path.suffix.lower() not in _suffixes: p.image.save(folder/f'{i:02d}.png'); continue
+        new, text = folder/(p.path.name if in_order else f'{i:02d}{p.path.suffix}'), p.path.with_suffix('.txt')
+        atomic_write(new, p.path.read_bytes())
+        if text.is_file(): atomic_write(new.with_suffix('.txt'), text.read_bytes())
 
 @contextmanager
 def _stage(booth, name):
