@@ -78,11 +78,12 @@ def similarity(self:Matcher,
 def itm_logits(self:Matcher,
     images, # n pictures
     texts, # m sentences
-    pairs, # list of (picture's index, sentence's index)
+    pairs, # (picture's index, sentence's index) of each pair: a list, or rows of an array
     batch_size:int=32, # pictures, and pairs, at a time
 )->torch.Tensor: # (len(pairs), 2) logits: no, yes
     "What the matching head says about some pairs; each picture is encoded once."
     _check_batch(batch_size)
+    pairs = [(int(i), int(j)) for i, j in pairs]               # a tensor's own numbers are never equal keys
     photos, rows, logits = load_images(images), self._rows(texts), torch.empty(len(pairs), 2)
     for part in chunked(sorted({i for i, _ in pairs}), batch_size):
         embeds, place = self.encode([photos[i] for i in part]), {i: k for k, i in enumerate(part)}
