@@ -60,6 +60,7 @@ def prompt_words(
 )->list: # of words in lower case, each once
     "The words of a prompt that can be seen in a print."
     if '{' in prompt: raise BoothError(f"prompt {prompt!r} still has a part to fill in; write it out first, such as 'a sks fox on a purple background'")
+    prompt = re.sub(r':\s*[+-]?\d*\.?\d+\s*\)', ')', prompt)  # a weight, as in (red:1.3), is nothing to see
     gone = _idle.union(*map(_words, listify(drop)))
     return list(dict.fromkeys(o for o in _words(prompt) if o not in gone))
 
