@@ -224,9 +224,10 @@ def _small(image):
 
 def _shown(pictures):
     "Rows of pictures for looking at."
-    for k, v in pictures.items():
-        if not len(v): raise BoothError(f"0 pictures in the row {k!r}; leave the row out, or give at least one")
-    return {str(k): [_small(o) for o in v] for k, v in pictures.items()}
+    rows = {str(k): load_images(v, minimum=0) for k, v in pictures.items()}
+    for k, v in rows.items():
+        if not v: raise BoothError(f"0 pictures in the row {k!r}; leave the row out, or give at least one")
+    return {k: [_small(o) for o in v] for k, v in rows.items()}
 
 def _captions(captions, pictures):
     "Rows of captions; a plain list belongs to the first row of pictures."
@@ -244,7 +245,7 @@ class Report:
     metrics:dict # name -> {'before', 'after'}: subject_fidelity, prompt_fidelity, pres, div
     seconds:dict=None # stage -> seconds
     recipe:dict=None # config, versions, machine: see `recipe`
-    pictures:dict=None # row label -> pictures
+    pictures:dict=None # row label -> whatever `load_images` takes
     captions:dict=None # row label -> texts, one a picture; a list belongs to the first row
     subject:str='' # what was learned, for the title
     def __post_init__(self):
