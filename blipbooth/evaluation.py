@@ -267,7 +267,7 @@ class Report:
         run_folder, # where `save` wrote it
     ):
         "Read a report back, pictures and all."
-        return cls(**_read_report(Path(run_folder)))
+        return cls(**_read_report(Path(run_folder).expanduser()))
 
 # %% ../nbs/14_evaluation.ipynb #f25ed302
 def _time(s):
