@@ -137,6 +137,11 @@ def _photo_files(folder):
     found = f"only {', '.join(o.name for o in files[:3])}" if files else "it is empty"
     raise BoothError(f"no photo in {folder}: {found}; photos end in {' '.join(_suffixes)}")
 
+def _zero_to_one(x):
+    "A batch whose values go from 0 to 1; one below 0 in any of its pictures means that all go from -1 to 1, as in diffusers."
+    below = hasattr(x, 'detach') and x.is_floating_point() and x.numel() and -1.01 <= x.min() < 0
+    return (x.float() + 1)/2 if below else x
+
 def _sources(src):
     "What to load, one by one."
     if isinstance(src, (str, Path)):
@@ -146,7 +151,7 @@ def _sources(src):
     if not hasattr(src, '__iter__') and not isinstance(src, (Photo, Image.Image)): raise BoothError(f"{src!r} is no picture; give a folder, a file, a picture, or a list of them")
     batch = getattr(src, 'ndim', 0) == 4
     single = isinstance(src, (Photo, Image.Image)) or hasattr(src, 'ndim') and not batch
-    return [src] if single else list(src)
+    return [src] if single else list(_zero_to_one(src) if batch else src)
 
 # %% ../nbs/01_images.ipynb #cbdbf509
 def load_images(
