@@ -150,7 +150,7 @@ def _sources(src):
         return _photo_files(path) if path.is_dir() else [path]
     if not hasattr(src, '__iter__') and not isinstance(src, (Photo, Image.Image)): raise BoothError(f"{src!r} is no picture; give a folder, a file, a picture, or a list of them")
     batch = getattr(src, 'ndim', 0) == 4
-    single = isinstance(src, (Photo, Image.Image)) or hasattr(src, 'ndim') and not batch
+    single = isinstance(src, (Photo, Image.Image)) or hasattr(src, 'ndim') and src.ndim not in (1, 4)   # one axis: a column of a table, an array of names
     return [src] if single else list(_zero_to_one(src) if batch else src)
 
 # %% ../nbs/01_images.ipynb #cbdbf509
