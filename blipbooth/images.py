@@ -120,7 +120,7 @@ def load_image(
     if path: x, name = _open(path), str(path)
     if isinstance(x, Image.Image): image = _decoded(x, name)
     elif isinstance(x, np.ndarray): image = _from_array(x, name)
-    elif hasattr(x, 'detach'): image = _from_tensor(x, name)
+    elif hasattr(x, 'detach') and hasattr(x, 'ndim'): image = _from_tensor(x, name)
     else: raise BoothError(f"{name} is a {type(x).__name__}; give a path, a PIL picture, an array or a tensor")
     w, h = image.size
     if min(w, h) < _smallest: raise BoothError(f"{name} is {w}×{h} pixels; a photo needs at least {_smallest} on each side")
