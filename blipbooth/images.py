@@ -169,6 +169,12 @@ def load_images(
 # %% ../nbs/01_images.ipynb #1bf145a4
 _fits = 'stretch', 'center-crop', 'letterbox'
 
+def _height_width(size):
+    "Two whole numbers of pixels."
+    both = [size, size] if np.ndim(size) == 0 else list(size)
+    if len(both) == 2 and all(isinstance(o, (int, np.integer)) and o > 0 for o in both): return map(int, both)
+    raise BoothError(f"size={size!r}; give pixels, a whole number of 1 or more, or (height, width)")
+
 def fit(
     img, # anything `load_image` takes
     size, # int, or (height, width) in pixels
@@ -176,7 +182,7 @@ def fit(
 )->Image.Image: # RGB, exactly `size`
     "Resize a picture to `size`, bicubic."
     if mode not in _fits: raise BoothError(f"no way to fit called {mode!r}; {_choices(mode, _fits)}")
-    h, w = (size, size) if isinstance(size, int) else size
+    h, w = _height_width(size)
     image, cubic = load_image(img).image, Image.Resampling.BICUBIC
     if mode == 'stretch': return image.resize((w, h), cubic)
     if mode == 'center-crop': return ImageOps.fit(image, (w, h), cubic)
