@@ -245,7 +245,7 @@ def show_grid(
 )->Image.Image: # one picture
     "Pictures side by side, with labels under them."
     images, font = load_images(images), _font(cell)
-    labels = [_wrap(o, font, cell) for o in titles or []]
+    labels = [_wrap(o, font, cell) for o in ([] if titles is None else titles)]
     if titles is not None and len(labels) != len(images):
         raise BoothError(f"{len(labels)} titles for {len(images)} pictures; give one title a picture")
     cols, line = min(cols, len(images)), sum(font.getmetrics()) + 1
