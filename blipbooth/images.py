@@ -208,7 +208,8 @@ def to_pil(
 )->list: # of PIL pictures
     "A batch as pictures; undoes `to_tensor`."
     import torch
-    x = x.detach().float().cpu()
+    x = torch.as_tensor(x).detach().float().cpu()
+    if x.ndim not in (3, 4) or x.shape[-3] != 3: raise BoothError(f"shape {tuple(x.shape)} is no batch of pictures (b, 3, h, w); decode latents with the VAE first")
     x = ((x[None] if x.ndim == 3 else x)*127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
     return [Image.fromarray(o) for o in x.permute(0, 2, 3, 1).numpy()]
 
