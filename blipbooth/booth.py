@@ -161,10 +161,11 @@ def train_captions(self:Booth): # list of texts, with the subject's name
 @patch
 def make_priors(self:Booth): # Priors
     "Make the class images, go on making them, or read those that are there."
-    p, captions = self.cfg.prior, [c.text for c in getattr(self, 'captions', [])]
+    p = self.cfg.prior
+    if not p.folder and not hasattr(self, 'captions'): self.caption()  # the class is drawn in the photos' settings
     with _stage(self, 'priors'):
         if p.folder: self.priors = load_priors(p.folder, self.cfg.class_noun, **self.choice())
-        else: self.priors = self.draw_class(self.cfg.class_noun, self.out/'priors', captions)
+        else: self.priors = self.draw_class(self.cfg.class_noun, self.out/'priors', [c.text for c in self.captions])
     return self.priors
 
 @patch
