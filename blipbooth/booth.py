@@ -159,9 +159,10 @@ def train_captions(self:Booth): # list of texts, with the subject's name
 
 # %% ../nbs/20_booth.ipynb #3fd88a39
 @patch
-def make_priors(self:Booth): # Priors
+def make_priors(self:Booth): # Priors; of several subjects, a list
     "Make the class images, go on making them, or read those that are there."
     p = self.cfg.prior
+    if self.cfg.concepts: return [o.priors for o in self.learned()]
     if not p.folder and not hasattr(self, 'captions'): self.caption()  # the class is drawn in the photos' settings
     with _stage(self, 'priors'):
         if p.folder: self.priors = load_priors(p.folder, self.cfg.class_noun, **self.choice())
