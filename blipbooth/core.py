@@ -213,6 +213,7 @@ def atomic_dir(
         if path.exists(): os.replace(path, old)
         os.replace(side, path)
     finally:
+        if old.exists() and not path.exists(): os.replace(old, path)   # stopped between the two
         for o in side, old: shutil.rmtree(o, ignore_errors=True)
     _fsync(path.parent)
 
