@@ -148,13 +148,18 @@ def caption(self:Booth) -> L: # of Caption
     "Caption the photos, or read the captions that are there."
     with _stage(self, 'caption'):
         self.captions = self.captioner(self.photos, prompt=article(self.cfg.class_noun))
-        rows = [dict(photo=p.name, hash=p.hash, text=c.text, score=c.score, prompt=t) for p, c, t in zip(self.photos, self.captions, self.train_captions)]
-        self.keep('captions.jsonl', partial(atomic_write, data=''.join(json.dumps(r) + '\n' for r in rows)))
+        self.keep_captions()
     return self.captions
+
+@patch
+def keep_captions(self:Booth):
+    "Write down what the captions are now, and what is trained with."
+    rows = [dict(photo=p.name, hash=p.hash, text=str(c), score=getattr(c, 'score', None), prompt=t) for p, c, t in zip(self.photos, self.captions, self.train_captions)]
+    self.keep('captions.jsonl', partial(atomic_write, data=''.join(json.dumps(r) + '\n' for r in rows)))
 
 @patch(as_prop=True)
 def train_captions(self:Booth): # list of texts, with the subject's name
-    read = lambda photos, prompt: [c.text for c in self.captions]
+    read = lambda photos, prompt: [*map(str, self.captions)]
     return read_captions(self.photos, self.cfg.token, self.cfg.class_noun, _caption_source(self.cfg, read), self.cfg.template)
 
 # %% ../nbs/20_booth.ipynb #3fd88a39
@@ -166,7 +171,7 @@ def make_priors(self:Booth): # Priors; of several subjects, a list
     if not p.folder and not hasattr(self, 'captions'): self.caption()  # the class is drawn in the photos' settings
     with _stage(self, 'priors'):
         if p.folder: self.priors = load_priors(p.folder, self.cfg.class_noun, **self.choice())
-        else: self.priors = self.draw_class(self.cfg.class_noun, self.out/'priors', [c.text for c in self.captions])
+        else: self.priors = self.draw_class(self.cfg.class_noun, self.out/'priors', [*map(str, self.captions)])
     return self.priors
 
 @patch
@@ -191,7 +196,7 @@ def learned(self:Booth) -> list: # of Concept
     "What is learned; captions and class images that are missing are made."
     c = self.cfg
     if not c.concepts:
-        if not hasattr(self, 'captions'): self.caption()
+        self.keep_captions() if hasattr(self, 'captions') else self.caption()
         if c.prior.weight and not hasattr(self, 'priors'): self.make_priors()
         return [Concept(self.photos, c.token, c.class_noun, self.train_captions, self.priors if c.prior.weight else None)]
     with _stage(self, 'priors'):
@@ -316,7 +321,7 @@ def evaluate(self:Booth,
                 f'{article(noun)}, before': before[1], f'{article(noun)}, after': after[1]}
         metrics = [measure(self.matcher, self.captioner, self.photos, prints, asked, drawn) for prints, drawn in (before, after)]
     self.report = Report.compare(*metrics, seconds=self.seconds, recipe=recipe(self.cfg), pictures=rows, subject=self.subject,
-                                 captions={'photos': [c.text for c in self.captions], 'prints before training': asked, 'prints after training': self.places()})
+                                 captions={'photos': self.captions, 'prints before training': asked, 'prints after training': self.places()})
     self.report.save(self.out)
     track_report(self.cfg.trackers, self.out/'logs', self.report)
     contact_sheet({k: rows[k] for k in list(rows)[:3]}, cell=112).save(self.out/'contact-sheet.png')
