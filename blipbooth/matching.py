@@ -119,10 +119,10 @@ class Ranked:
 class Ranking(L):
     "The pictures found for one sentence, the best first."
     text = '' # the sentence
-    def __repr__(self): return f"{self.text!r}: " + ', '.join(map(repr, self))
+    def __repr__(self): return f"{self.text!r}: " + ', '.join(map(repr, self)) if self.text else super().__repr__()
     def _repr_png_(self):
-        "The pictures in order, with their scores."
-        return show_grid([o.photo for o in self], [_two(o.score) for o in self])._repr_png_()
+        "The pictures in order, with their scores; nothing where `filter` left none, or `map` made something else of them."
+        if self and all(isinstance(o, Ranked) for o in self): return show_grid([o.photo for o in self], [_two(o.score) for o in self])._repr_png_()
 
 # %% ../nbs/04_matching.ipynb #7423f233
 @patch
