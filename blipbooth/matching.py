@@ -140,7 +140,7 @@ def rank(self:Matcher,
     logits = self.itm_logits(photos, texts, pairs, batch_size)
     found = [Ranked(i, (s + z[1]).item(), s.item(), z.softmax(0)[1].item(), photos[i]) for (i, _), s, z in zip(pairs, near.flatten(), logits)]
     res = L(Ranking(sorted(o, key=lambda r: -r.score)) for o in chunked(found, near.shape[1]))
-    for o, t in zip(res, texts): o.text = t
+    for o, t in zip(res, texts): o.text = str(t)
     return res
 
 # %% ../nbs/04_matching.ipynb #f393f9fc
