@@ -6,12 +6,12 @@
 __all__ = ['Photo', 'load_image', 'load_images', 'fit', 'to_tensor', 'to_pil', 'show_grid', 'contact_sheet']
 
 # %% ../nbs/01_images.ipynb #4cd2ded7
-import io, math, re, warnings
+import io, math, re, struct, warnings
 import numpy as np
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 from fastcore.foundation import L
 from .core import BoothError, file_hash, _choices
 
@@ -46,9 +46,18 @@ def _sixteen(image):
     x = np.asarray(image).astype(np.float64)
     return Image.fromarray((x*(1 if image.mode == 'I' and x.max() <= 255 else 255/65535)).round().clip(0, 255).astype(np.uint8))
 
+def _upright(image):
+    "A picture turned as its EXIF says, even if PIL cannot write the rest of the EXIF anew."
+    try: return ImageOps.exif_transpose(image)
+    except (struct.error, TypeError):
+        copy, only = image.copy(), Image.Exif()
+        only[ExifTags.Base.Orientation] = image.getexif()[ExifTags.Base.Orientation]
+        copy.info = {**image.info, 'exif': only.tobytes()}
+        return ImageOps.exif_transpose(copy)
+
 def _rgb(image):
     "Any PIL picture, upright and in RGB."
-    image = ImageOps.exif_transpose(image)
+    image = _upright(image)
     if image.mode[0] == 'I': image = _sixteen(image)
     if image.mode == 'F': return _from_array(np.asarray(image))
     if 'A' in image.getbands() or 'a' in image.getbands() or 'transparency' in image.info:
