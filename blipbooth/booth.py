@@ -126,9 +126,10 @@ def _save_photos(photos, folder):
     in_order = names == sorted({*names} - {''})
     for i, p in enumerate(photos):
         if p.path is None or not p.path.exists() or p.path.suffix.lower() not in _suffixes: p.image.save(folder/f'{i:02d}.png'); continue
-        new, text = folder/(p.path.name if in_order else f'{i:02d}{p.path.suffix}'), p.path.with_suffix('.txt')
+        new = folder/(p.path.name if in_order else f'{i:02d}{p.path.suffix}')
         atomic_write(new, p.path.read_bytes())
-        if text.is_file(): atomic_write(new.with_suffix('.txt'), text.read_bytes())
+        for text in p.path.with_suffix('.txt'), p.path.with_suffix('.caption'):
+            if text.is_file(): atomic_write(new.with_suffix(text.suffix), text.read_bytes())
 
 @contextmanager
 def _stage(booth, name):
