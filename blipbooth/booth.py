@@ -10,7 +10,7 @@ import dataclasses, json, os, time, warnings
 from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from pathlib import Path
-from fastcore.basics import patch
+from fastcore.basics import listify, patch
 from fastcore.foundation import L
 from .callbacks import Best, Checkpoints, track_report
 from .captioning import Captioner
@@ -18,7 +18,7 @@ from .concept import Concept, check_name, read_captions
 from .core import BoothError, Settings, atomic_write, load_json, out_dir, read_jsonl, resolve_model, save_json
 from .dreambooth import DreamBoothConfig, build_learner, check_photos, check_run, estimate, load_concepts, open_run, suited_priors, suited_steps
 from .evaluation import Report, measure, prompt_fidelity, recipe, subject_fidelity
-from .images import contact_sheet, load_images
+from .images import contact_sheet, load_images, _suffixes
 from .learner import Callback
 from .matching import Matcher
 from .priors import article, class_prompts, load_priors, make_priors as draw_priors
@@ -46,9 +46,11 @@ class Booth:
         config=None,          # DreamBoothConfig; None: the defaults
         device:str=None,      # cuda, mps or cpu; None: the best there is
     ):
+        if not isinstance(config, (DreamBoothConfig, type(None))): raise BoothError(f"config={config!r} is a {type(config).__name__}; give a DreamBoothConfig, such as DreamBoothConfig.load('dreambooth.yaml')")
         c = config = dataclasses.replace(config or DreamBoothConfig()).check()
-        if c.concepts and photos is None: c.photos, c.token, c.class_noun = c.concepts[0].photos, c.concepts[0].token, c.concepts[0].class_noun
-        c.token, c.class_noun = token or c.token, class_noun or c.class_noun
+        if c.concepts and not (photos is None and token is None and class_noun is None): raise BoothError(f"{len(c.concepts)} subjects stand in config.concepts, with photos, token and class noun; leave those out here, or concepts there")
+        if c.concepts: c.photos, c.token, c.class_noun = c.concepts[0].photos, c.concepts[0].token, c.concepts[0].class_noun
+        c.token, c.class_noun = (' '.join(str(o).split()) for o in (token or c.token, class_noun or c.class_noun))
         if not c.class_noun: raise BoothError('no class noun; say what the subject is, such as class_noun=fox')
         if photos is None and not c.photos: raise BoothError('no photos; name a folder with three to five photos of the subject')
         self.photos = load_images(c.photos if photos is None else photos)
@@ -73,7 +75,11 @@ class Booth:
     @cached_property
     def matcher(self): return Matcher.from_pretrained(self.cfg.matcher or None, device=self.device)
     @cached_property
-    def model(self): return open_run(self.out)[0].to(self.device)  # what the run has learned: the best checkpoint, or the last; averaged, if it keeps an average
+    def model(self): # what the run has learned: the best checkpoint, or the last; averaged, if it keeps an average
+        pipe, c = open_run(self.out)
+        learned = [f'{o.token} {o.class_noun}' for o in c.concepts or [c]]
+        if c.class_noun and self.subject not in learned: raise BoothError(f"{self.out} has learned {learned[0]!r}, not {self.subject!r}; open it with that token and class noun, or choose another out=")
+        return pipe.to(self.device)
     def __repr__(self): return f'Booth({self.subject!r}, {len(self.photos)} photos, {self.out.name}/)'
 
 # %% ../nbs/20_booth.ipynb #aff2c529
@@ -116,7 +122,15 @@ class _Accepted(Callback):
         self.booth.waiting.clear()
 
 def _save_photos(photos, folder):
-    for i, p in enumerate(photos): p.image.save(out_dir(folder)/f'{i:02d}.png')
+    "Photos in their order: files as they are, with alpha and the text beside them; pictures as PNG."
+    folder, names = out_dir(folder), [p.path.name if p.path else '' for p in photos]
+    in_order = names == sorted({*names} - {''})
+    for i, p in enumerate(photos):
+        if p.path is None or not p.path.exists() or p.path.suffix.lower() not in _suffixes: p.image.save(folder/f'{i:02d}.png'); continue
+        new = folder/(p.path.name if in_order else f'{i:02d}{p.path.suffix}')
+        atomic_write(new, p.path.read_bytes())
+        for text in p.path.with_suffix('.txt'), p.path.with_suffix('.caption'):
+            if text.is_file(): atomic_write(new.with_suffix(text.suffix), text.read_bytes())
 
 @contextmanager
 def _stage(booth, name):
@@ -136,25 +150,32 @@ def caption(self:Booth) -> L: # of Caption
     "Caption the photos, or read the captions that are there."
     with _stage(self, 'caption'):
         self.captions = self.captioner(self.photos, prompt=article(self.cfg.class_noun))
-        rows = [dict(photo=p.name, hash=p.hash, text=c.text, score=c.score, prompt=t) for p, c, t in zip(self.photos, self.captions, self.train_captions)]
-        self.keep('captions.jsonl', partial(atomic_write, data=''.join(json.dumps(r) + '\n' for r in rows)))
+        self.keep_captions()
     return self.captions
+
+@patch
+def keep_captions(self:Booth):
+    "Write down what the captions are now, and what is trained with."
+    rows = [dict(photo=p.name, hash=p.hash, text=str(c), score=getattr(c, 'score', None), prompt=t) for p, c, t in zip(self.photos, self.captions, self.train_captions)]
+    self.keep('captions.jsonl', partial(atomic_write, data=''.join(json.dumps(r) + '\n' for r in rows)))
 
 @patch(as_prop=True)
 def train_captions(self:Booth): # list of texts, with the subject's name
-    read = lambda photos, prompt: [c.text for c in self.captions]
+    read = lambda photos, prompt: [*map(str, self.captions)]
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', r'\d+ sidecars')  # has been said, when the booth was opened
         return read_captions(self.photos, self.cfg.token, self.cfg.class_noun, _caption_source(self.cfg, read), self.cfg.template)
 
 # %% ../nbs/20_booth.ipynb #3fd88a39
 @patch
-def make_priors(self:Booth): # Priors
+def make_priors(self:Booth): # Priors; of several subjects, a list
     "Make the class images, go on making them, or read those that are there."
-    p, captions = self.cfg.prior, [c.text for c in getattr(self, 'captions', [])]
+    p = self.cfg.prior
+    if self.cfg.concepts: return [o.priors for o in self.learned()]
+    if not p.folder and not hasattr(self, 'captions'): self.caption()  # the class is drawn in the photos' settings
     with _stage(self, 'priors'):
         if p.folder: self.priors = load_priors(p.folder, self.cfg.class_noun, **self.choice())
-        else: self.priors = self.draw_class(self.cfg.class_noun, self.out/'priors', captions)
+        else: self.priors = self.draw_class(self.cfg.class_noun, self.out/'priors', [*map(str, self.captions)])
     return self.priors
 
 @patch
@@ -179,7 +200,7 @@ def learned(self:Booth) -> list: # of Concept
     "What is learned; captions and class images that are missing are made."
     c = self.cfg
     if not c.concepts:
-        if not hasattr(self, 'captions'): self.caption()
+        self.keep_captions() if hasattr(self, 'captions') else self.caption()
         if c.prior.weight and not hasattr(self, 'priors'): self.make_priors()
         return [Concept(self.photos, c.token, c.class_noun, self.train_captions, self.priors if c.prior.weight else None)]
     with _stage(self, 'priors'):
@@ -247,15 +268,15 @@ def guidance(self:Booth, pipe) -> float:
 
 @patch
 def print(self:Booth,
-    prompt:str,         # such as "a {subject} on a purple background"
-    n:int=4,            # how many
+    prompt,             # such as "a {subject} on a purple background", or a list of such
+    n:int=4,            # how many of each
     steps:int=30,       # sampling steps
     guidance:float=None,# classifier-free guidance; None: what is configured, or suits the model
     seed:int=0,         # image i is a function of (seed, i)
     **kw,               # see `sample`
 ) -> L:                 # of PIL images
     "Print the subject somewhere."
-    return L(sample(self.model, prompt.replace('{subject}', self.subject), n, steps, self.guidance(self.model) if guidance is None else guidance, seed=seed, **kw))
+    return L(sample(self.model, prompt, n, steps, self.guidance(self.model) if guidance is None else guidance, seed=seed, **{'subject': self.subject, **kw}))
 
 # %% ../nbs/20_booth.ipynb #ec9617d7
 @patch
@@ -264,9 +285,9 @@ def save_prints(self:Booth,
     seed:int=0, # print i has seed `seed + i`
 ) -> L:       # of files in samples/
     "Print once per prompt into the run folder."
-    samples = out_dir(self.out/'samples')
+    samples, prompts = out_dir(self.out/'samples'), listify(prompts)
     with _stage(self, 'print'):
-        images = sample(self.model, [p.replace('{subject}', self.subject) for p in prompts], seed=[seed + i for i in range(len(prompts))], steps=30, guidance=self.guidance(self.model))
+        images = sample(self.model, prompts, subject=self.subject, seed=[seed + i for i in range(len(prompts))], steps=30, guidance=self.guidance(self.model))
         return L(save_print(im, samples/f'{i:02d}.png') for i, im in enumerate(images))
 
 # %% ../nbs/20_booth.ipynb #ff0707bd
@@ -301,6 +322,7 @@ def evaluate(self:Booth,
     **kw, # steps, guidance, seed, n_class: see `Booth.prints_of`
 ) -> Report:
     "Measure before and after; writes report.json, report.html and contact-sheet.png."
+    self.model                                                 # a run that has learned nothing is found out before the work
     if not hasattr(self, 'captions'): self.caption()
     noun, asked = self.cfg.class_noun, [f'{article(self.cfg.class_noun)} {p}' for p in self.places()]
     with _stage(self, 'evaluate'):
@@ -309,7 +331,7 @@ def evaluate(self:Booth,
                 f'{article(noun)}, before': before[1], f'{article(noun)}, after': after[1]}
         metrics = [measure(self.matcher, self.captioner, self.photos, prints, asked, drawn) for prints, drawn in (before, after)]
     self.report = Report.compare(*metrics, seconds=self.seconds, recipe=recipe(self.cfg), pictures=rows, subject=self.subject,
-                                 captions={'photos': [c.text for c in self.captions], 'prints before training': asked, 'prints after training': self.places()})
+                                 captions={'photos': self.captions, 'prints before training': asked, 'prints after training': self.places()})
     self.report.save(self.out)
     track_report(self.cfg.trackers, self.out/'logs', self.report)
     contact_sheet({k: rows[k] for k in list(rows)[:3]}, cell=112).save(self.out/'contact-sheet.png')

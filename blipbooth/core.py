@@ -185,7 +185,7 @@ def atomic_write(
     data, # str (UTF-8) or bytes
 )->Path: # the file
     "Write `data` to `path` so that a crash leaves the old file or the new one."
-    path = Path(path)
+    path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = _beside(path)
     try:
@@ -202,7 +202,7 @@ def atomic_dir(
     path, # the folder to make
 ):
     "Fill a folder beside `path`; it becomes `path` on success and vanishes on an error."
-    path = Path(path).resolve()
+    path = Path(path).expanduser().resolve()
     if path.exists() and not path.is_dir(): raise BoothError(f"{path} is a file; choose another name for the folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     side, old = _beside(path), _beside(path)
@@ -213,6 +213,7 @@ def atomic_dir(
         if path.exists(): os.replace(path, old)
         os.replace(side, path)
     finally:
+        if old.exists() and not path.exists(): os.replace(old, path)   # stopped between the two
         for o in side, old: shutil.rmtree(o, ignore_errors=True)
     _fsync(path.parent)
 
@@ -234,7 +235,7 @@ def load_json(
     path, # the file to read
 ): # what it holds
     "Read a JSON file."
-    try: return json.loads(Path(path).read_text(encoding='utf-8'))
+    try: return json.loads(Path(path).expanduser().read_text(encoding='utf-8'))
     except FileNotFoundError: raise BoothError(f"there is no file {path}; check the path") from None
     except ValueError as e: raise BoothError(f"{path} is not JSON ({e}); write it again or remove it") from None
 
@@ -249,7 +250,7 @@ def append_jsonl(
     record:dict, # one line of it
 ):
     "Add a line to a log; a torn last line is removed first."
-    path = Path(path)
+    path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps(record, ensure_ascii=False, default=_jsonable).encode() + b'\n'
     with open(path, 'a+b') as f:
@@ -267,8 +268,9 @@ def read_jsonl(
     path, # the log
 )->list: # its records; [] where there is no log yet
     "Read a log; a torn last line is dropped."
-    if not Path(path).exists(): return []
-    lines = Path(path).read_bytes().split(b'\n')
+    path = Path(path).expanduser()
+    if not path.exists(): return []
+    lines = path.read_bytes().split(b'\n')
     torn = [] if _parses(lines[-1]) else [len(lines) - 1]
     bad = [i for i, o in enumerate(lines) if o.strip() and i not in torn and not _parses(o)]
     if bad: raise BoothError(f"{path}, line {bad[0] + 1}, is not JSON; remove the line")
@@ -280,7 +282,7 @@ def file_hash(
 )->str: # 16 hexadecimal digits
     "The start of the SHA-256 of a file or of bytes."
     if isinstance(x, (bytes, bytearray, memoryview)): return hashlib.sha256(x).hexdigest()[:16]
-    with open(x, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()[:16]
+    with open(Path(x).expanduser(), 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()[:16]
 
 # %% ../nbs/00_core.ipynb #4b7e8049
 def _checksum(x):

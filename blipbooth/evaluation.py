@@ -60,6 +60,7 @@ def prompt_words(
 )->list: # of words in lower case, each once
     "The words of a prompt that can be seen in a print."
     if '{' in prompt: raise BoothError(f"prompt {prompt!r} still has a part to fill in; write it out first, such as 'a sks fox on a purple background'")
+    prompt = re.sub(r':\s*[+-]?\d*\.?\d+\s*\)', ')', prompt)  # a weight, as in (red:1.3), is nothing to see
     gone = _idle.union(*map(_words, listify(drop)))
     return list(dict.fromkeys(o for o in _words(prompt) if o not in gone))
 
@@ -223,9 +224,10 @@ def _small(image):
 
 def _shown(pictures):
     "Rows of pictures for looking at."
-    for k, v in pictures.items():
-        if not len(v): raise BoothError(f"0 pictures in the row {k!r}; leave the row out, or give at least one")
-    return {str(k): [_small(o) for o in v] for k, v in pictures.items()}
+    rows = {str(k): load_images(v, minimum=0) for k, v in pictures.items()}
+    for k, v in rows.items():
+        if not v: raise BoothError(f"0 pictures in the row {k!r}; leave the row out, or give at least one")
+    return {k: [_small(o) for o in v] for k, v in rows.items()}
 
 def _captions(captions, pictures):
     "Rows of captions; a plain list belongs to the first row of pictures."
@@ -243,7 +245,7 @@ class Report:
     metrics:dict # name -> {'before', 'after'}: subject_fidelity, prompt_fidelity, pres, div
     seconds:dict=None # stage -> seconds
     recipe:dict=None # config, versions, machine: see `recipe`
-    pictures:dict=None # row label -> pictures
+    pictures:dict=None # row label -> whatever `load_images` takes
     captions:dict=None # row label -> texts, one a picture; a list belongs to the first row
     subject:str='' # what was learned, for the title
     def __post_init__(self):
@@ -265,7 +267,7 @@ class Report:
         run_folder, # where `save` wrote it
     ):
         "Read a report back, pictures and all."
-        return cls(**_read_report(Path(run_folder)))
+        return cls(**_read_report(Path(run_folder).expanduser()))
 
 # %% ../nbs/14_evaluation.ipynb #f25ed302
 def _time(s):

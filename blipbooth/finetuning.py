@@ -266,6 +266,7 @@ def of(cls:FineTuneConfig,
     cfg = cls(**options)
     for k, (limit, good) in _limits.items():
         if not good(getattr(cfg, k)): raise BoothError(f"{k}={getattr(cfg, k)!r}; it must be {limit}")
+    if type(cfg.flip) is not bool: raise BoothError(f"flip={cfg.flip!r}; it must be True or False")
     if type(cfg.seed) is not int: raise BoothError(f"seed={cfg.seed!r}; it must be a whole number")
     for k, words in dict(train=list(_parts), mixed_precision=['no', 'fp16', 'bf16']).items():
         if getattr(cfg, k) not in words: raise BoothError(f"{k}={getattr(cfg, k)!r} is unknown; {_choices(str(getattr(cfg, k)), words)}")

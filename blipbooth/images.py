@@ -6,13 +6,12 @@
 __all__ = ['Photo', 'load_image', 'load_images', 'fit', 'to_tensor', 'to_pil', 'show_grid', 'contact_sheet']
 
 # %% ../nbs/01_images.ipynb #4cd2ded7
-import io, math, re, warnings
+import io, math, re, struct, warnings
 import numpy as np
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Integral
 from pathlib import Path
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 from fastcore.foundation import L
 from .core import BoothError, file_hash, _choices
 
@@ -47,9 +46,18 @@ def _sixteen(image):
     x = np.asarray(image).astype(np.float64)
     return Image.fromarray((x*(1 if image.mode == 'I' and x.max() <= 255 else 255/65535)).round().clip(0, 255).astype(np.uint8))
 
+def _upright(image):
+    "A picture turned as its EXIF says, even if PIL cannot write the rest of the EXIF anew."
+    try: return ImageOps.exif_transpose(image)
+    except (struct.error, TypeError):
+        copy, only = image.copy(), Image.Exif()
+        only[ExifTags.Base.Orientation] = image.getexif()[ExifTags.Base.Orientation]
+        copy.info = {**image.info, 'exif': only.tobytes()}
+        return ImageOps.exif_transpose(copy)
+
 def _rgb(image):
     "Any PIL picture, upright and in RGB."
-    image = ImageOps.exif_transpose(image)
+    image = _upright(image)
     if image.mode[0] == 'I': image = _sixteen(image)
     if image.mode == 'F': return _from_array(np.asarray(image))
     if 'A' in image.getbands() or 'a' in image.getbands() or 'transparency' in image.info:
@@ -121,7 +129,7 @@ def load_image(
     if path: x, name = _open(path), str(path)
     if isinstance(x, Image.Image): image = _decoded(x, name)
     elif isinstance(x, np.ndarray): image = _from_array(x, name)
-    elif hasattr(x, 'detach'): image = _from_tensor(x, name)
+    elif hasattr(x, 'detach') and hasattr(x, 'ndim'): image = _from_tensor(x, name)
     else: raise BoothError(f"{name} is a {type(x).__name__}; give a path, a PIL picture, an array or a tensor")
     w, h = image.size
     if min(w, h) < _smallest: raise BoothError(f"{name} is {w}×{h} pixels; a photo needs at least {_smallest} on each side")
@@ -142,6 +150,11 @@ def _photo_files(folder):
     found = f"only {', '.join(o.name + '/'*o.is_dir() for o in files[:3])}" if files else "it is empty"
     raise BoothError(f"no photo in {folder}: {found}; photos end in {' '.join(_suffixes)}")
 
+def _zero_to_one(x):
+    "A batch whose values go from 0 to 1; one below 0 in any of its pictures means that all go from -1 to 1, as in diffusers."
+    below = hasattr(x, 'detach') and x.is_floating_point() and x.numel() and -1.01 <= x.min() < 0
+    return (x.float().clamp(min=-1) + 1)/2 if below else x
+
 def _sources(src):
     "What to load, one by one."
     if isinstance(src, (str, Path)):
@@ -151,9 +164,8 @@ def _sources(src):
         return _photo_files(path) if path.is_dir() else [path]
     if not hasattr(src, '__iter__') and not isinstance(src, (Photo, Image.Image)): raise BoothError(f"{src!r} is no picture; give a folder, a file, a picture, or a list of them")
     batch = getattr(src, 'ndim', 0) == 4
-    if batch and hasattr(src, 'detach') and len(src) and src.is_floating_point() and -1.01 <= src.min() < 0: src = (src.clamp(min=-1) + 1)/2 # one range for all
-    single = isinstance(src, (Photo, Image.Image)) or hasattr(src, 'ndim') and not batch
-    return [src] if single else list(src)
+    single = isinstance(src, (Photo, Image.Image)) or hasattr(src, 'ndim') and src.ndim not in (1, 4)   # one axis: a column of a table, an array of names
+    return [src] if single else list(_zero_to_one(src) if batch else src)
 
 # %% ../nbs/01_images.ipynb #cbdbf509
 def load_images(
@@ -171,6 +183,12 @@ def load_images(
 # %% ../nbs/01_images.ipynb #1bf145a4
 _fits = 'stretch', 'center-crop', 'letterbox'
 
+def _height_width(size):
+    "Two whole numbers of pixels."
+    both = [size, size] if np.ndim(size) == 0 else list(size)
+    if len(both) == 2 and all(isinstance(o, (int, np.integer)) and o > 0 for o in both): return map(int, both)
+    raise BoothError(f"size is {size!r}; give pixels, a whole number of 1 or more, or (height, width)")
+
 def fit(
     img, # anything `load_image` takes
     size, # int, or (height, width) in pixels
@@ -178,9 +196,7 @@ def fit(
 )->Image.Image: # RGB, exactly `size`
     "Resize a picture to `size`, bicubic."
     if mode not in _fits: raise BoothError(f"no way to fit called {mode!r}; {_choices(mode, _fits)}")
-    pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
-    if len(pair) != 2 or not all(isinstance(o, Integral) and o > 0 for o in pair): raise BoothError(f"size is {size!r}; it must be a whole number of pixels, or (height, width)")
-    h, w = map(int, pair)
+    h, w = _height_width(size)
     image, cubic = load_image(img).image, Image.Resampling.BICUBIC
     if mode == 'stretch': return image.resize((w, h), cubic)
     if mode == 'center-crop': return ImageOps.fit(image, (w, h), cubic)
@@ -206,7 +222,8 @@ def to_pil(
 )->list: # of PIL pictures
     "A batch as pictures; undoes `to_tensor`."
     import torch
-    x = x.detach().float().cpu()
+    x = torch.as_tensor(x).detach().float().cpu()
+    if x.ndim not in (3, 4) or x.shape[-3] != 3: raise BoothError(f"shape {tuple(x.shape)} is no batch of pictures (b, 3, h, w); decode latents with the VAE first")
     x = ((x[None] if x.ndim == 3 else x)*127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
     return [Image.fromarray(o) for o in x.permute(0, 2, 3, 1).numpy()]
 
@@ -243,7 +260,7 @@ def show_grid(
 )->Image.Image: # one picture
     "Pictures side by side, with labels under them."
     images, font = load_images(images), _font(cell)
-    labels = [_wrap(o, font, cell) for o in titles or []]
+    labels = [_wrap(o, font, cell) for o in ([] if titles is None else titles)]
     if titles is not None and len(labels) != len(images):
         raise BoothError(f"{len(labels)} titles for {len(images)} pictures; give one title a picture")
     cols, line = min(cols, len(images)), sum(font.getmetrics()) + 1

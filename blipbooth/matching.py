@@ -79,11 +79,12 @@ def similarity(self:Matcher,
 def itm_logits(self:Matcher,
     images, # n pictures
     texts, # m sentences
-    pairs, # list of (picture's index, sentence's index)
+    pairs, # (picture's index, sentence's index) of each pair: a list, or rows of an array
     batch_size:int=32, # pictures, and pairs, at a time
 )->torch.Tensor: # (len(pairs), 2) logits: no, yes
     "What the matching head says about some pairs; each picture is encoded once."
     _check_batch(batch_size)
+    pairs = [(int(i), int(j)) for i, j in pairs]               # a tensor's own numbers are never equal keys
     photos, rows, logits = load_images(images), self._rows(texts), torch.empty(len(pairs), 2)
     for part in chunked(sorted({i for i, _ in pairs}), batch_size):
         embeds, place = self.encode([photos[i] for i in part]), {i: k for k, i in enumerate(part)}
@@ -119,10 +120,10 @@ class Ranked:
 class Ranking(L):
     "The pictures found for one sentence, the best first."
     text = '' # the sentence
-    def __repr__(self): return f"{self.text!r}: " + ', '.join(map(repr, self))
+    def __repr__(self): return f"{self.text!r}: " + ', '.join(map(repr, self)) if self.text else super().__repr__()
     def _repr_png_(self):
-        "The pictures in order, with their scores."
-        return show_grid([o.photo for o in self], [_two(o.score) for o in self])._repr_png_()
+        "The pictures in order, with their scores; nothing where `filter` left none, or `map` made something else of them."
+        if self and all(isinstance(o, Ranked) for o in self): return show_grid([o.photo for o in self], [_two(o.score) for o in self])._repr_png_()
 
 # %% ../nbs/04_matching.ipynb #7423f233
 @patch
@@ -140,7 +141,7 @@ def rank(self:Matcher,
     logits = self.itm_logits(photos, texts, pairs, batch_size)
     found = [Ranked(i, (s + z[1]).item(), s.item(), z.softmax(0)[1].item(), photos[i]) for (i, _), s, z in zip(pairs, near.flatten(), logits)]
     res = L(Ranking(sorted(o, key=lambda r: -r.score)) for o in chunked(found, near.shape[1]))
-    for o, t in zip(res, texts): o.text = t
+    for o, t in zip(res, texts): o.text = str(t)
     return res
 
 # %% ../nbs/04_matching.ipynb #f393f9fc
