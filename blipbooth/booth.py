@@ -13,7 +13,7 @@ from pathlib import Path
 from fastcore.basics import listify, patch
 from fastcore.foundation import L
 from .callbacks import Best, Checkpoints, track_report
-from .captioning import Captioner
+from .captioning import Caption, Captioner
 from .concept import Concept, check_name, read_captions
 from .core import BoothError, Settings, atomic_write, load_json, out_dir, read_jsonl, resolve_model, save_json
 from .dreambooth import DreamBoothConfig, build_learner, check_photos, check_run, estimate, load_concepts, open_run, suited_priors, suited_steps
@@ -147,16 +147,20 @@ def _stage(booth, name):
 # %% ../nbs/20_booth.ipynb #48bc4eac
 @patch
 def caption(self:Booth) -> L: # of Caption
-    "Caption the photos, or read the captions that are there."
+    "Caption the photos, or read the captions with which a run of these photos began."
+    rows = read_jsonl(self.out/'captions.jsonl') if (self.out/'checkpoints').exists() else []
     with _stage(self, 'caption'):
-        self.captions = self.captioner(self.photos, prompt=article(self.cfg.class_noun))
+        if [r['hash'] for r in rows] == [p.hash for p in self.photos]:
+            self.captions = L(Caption(r['text'], r['score'] or float('nan'), photo=p) for r, p in zip(rows, self.photos))
+        else: self.captions = self.captioner(self.photos, prompt=article(self.cfg.class_noun))
         self.keep_captions()
     return self.captions
 
 @patch
 def keep_captions(self:Booth):
     "Write down what the captions are now, and what is trained with."
-    rows = [dict(photo=p.name, hash=p.hash, text=str(c), score=getattr(c, 'score', None), prompt=t) for p, c, t in zip(self.photos, self.captions, self.train_captions)]
+    scores = [s if (s := getattr(c, 'score', None)) == s else None for c in self.captions]  # JSON has no NaN
+    rows = [dict(photo=p.name, hash=p.hash, text=str(c), score=s, prompt=t) for p, c, s, t in zip(self.photos, self.captions, scores, self.train_captions)]
     self.keep('captions.jsonl', partial(atomic_write, data=''.join(json.dumps(r) + '\n' for r in rows)))
 
 @patch(as_prop=True)
