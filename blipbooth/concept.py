@@ -111,6 +111,8 @@ def check_name(
             p = pieces(tokenizer, w)
             if len(p) > most or tokenizer.unk_token_id in tokenizer.convert_tokens_to_ids(p):
                 raise BoothError(f"the {what} {w!r} is split into {len(p)} pieces, {most} at most can be learned; {_hint(tokenizer, what, w)}")
+    first, _, rest = class_noun.strip().partition(' ')
+    if rest and first.lower() in ('a', 'an', 'the'): raise BoothError(f"the class noun {class_noun!r} begins with an article, and prompts would say 'a {token} {class_noun}'; say {rest!r}")
     if token.strip().lower() == class_noun.strip().lower(): raise BoothError(f"token and class noun are both {token!r}; the token must be another word, such as sks")
 
 # %% ../nbs/10_concept.ipynb #4e8fd59a
