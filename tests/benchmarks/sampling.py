@@ -50,6 +50,7 @@ def sd15(side): # the shape of Stable Diffusion 1.5, random weights; the tokeniz
         vae = diffusers.AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=8*side, norm_num_groups=32,
             down_block_types=['DownEncoderBlock2D']*4, up_block_types=['UpDecoderBlock2D']*4, scaling_factor=0.18215)
     scheduler = diffusers.PNDMScheduler(beta_schedule='scaled_linear', beta_start=0.00085, beta_end=0.012, skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False)
+    scheduler.register_to_config(clip_sample=False) # as Stable Diffusion's own settings say; schedulers of other kinds take it over
     pipe = diffusers.StableDiffusionPipeline(vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     for o in (text, unet, vae): o.eval().requires_grad_(False)
