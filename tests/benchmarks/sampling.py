@@ -1,7 +1,7 @@
 """The sampling loop against diffusers' pipeline: `python tests/benchmarks/sampling.py [REPEATS] [bundled|sd15 ...] [--only speed batches equal]`.
 
 Two models: the bundled one, and a random one of Stable Diffusion 1.5's shape (timed on a GPU with 64 × 64 latents in float16; on a CPU, where it
-takes six minutes, with 32 × 32 in float32, fewer steps and settings). Ours and theirs in turn in one process, the median of the repeats of each;
+takes ten minutes, with 32 × 32 in float32, fewer steps and settings). Ours and theirs in turn in one process, the median of the repeats of each;
 seconds are wall time. Pictures are compared in float32, on a GPU without TF32. JSON lines; a row that fails says why, the rest goes on, and the
 exit status is 1."""
 import argparse, copy, os, sys, traceback
@@ -165,7 +165,7 @@ def sd15_shape(repeats, only):
     pipe, few = sd15(64 if GPU else 32), ('guidance 5', 'image-to-image', 'inpainting') if GPU else ('guidance 5', 'image-to-image')
     if 'speed' in only:
         if GPU: speed(pipe, 'sd15', max(2, repeats - 1))
-        else: tried(race, 'loop against pipeline, SD-1.5 shape, n=2, 256 pixels', lambda: sample(pipe, FOX, n=2, steps=5), lambda: theirs(pipe, n=2, steps=5, guidance=7.5), repeats, model='sd15')
+        else: tried(race, 'loop against pipeline, SD-1.5 shape, n=2, 256 pixels', lambda: sample(pipe, FOX, n=2, steps=5), lambda: theirs(pipe, n=2, steps=5, guidance=7.5), repeats, bar=1.1, model='sd15')
     pipe.to(torch.float32)
     pipe.unet.register_to_config(sample_size=32)
     if 'batches' in only and GPU:
