@@ -35,6 +35,18 @@ def check_readers(
     warnings.warn("the bundled captioner and matcher know emoji and little else; captions and scores are worth more with ones that know such photos, "
                   "say captioner=Salesforce/blip-image-captioning-base matcher=Salesforce/blip-itm-base-coco")
 
+# %% ../nbs/20_booth.ipynb #bc4a0b1a
+def _session(config, photos, token, class_noun):
+    "A configuration of its own for a session, with the subject it is about."
+    if not isinstance(config, (DreamBoothConfig, type(None))): raise BoothError(f"config={config!r} is a {type(config).__name__}; give a DreamBoothConfig, such as DreamBoothConfig.load('dreambooth.yaml')")
+    c = dataclasses.replace(config or DreamBoothConfig()).check()
+    if c.concepts and not (photos is None and token is None and class_noun is None): raise BoothError(f"{len(c.concepts)} subjects stand in config.concepts, with photos, token and class noun; leave those out here, or concepts there")
+    if c.concepts: c.photos, c.token, c.class_noun = c.concepts[0].photos, c.concepts[0].token, c.concepts[0].class_noun
+    c.token, c.class_noun = (' '.join(str(o).split()) for o in (token or c.token, class_noun or c.class_noun))
+    if not c.class_noun: raise BoothError('no class noun; say what the subject is, such as class_noun=fox')
+    if photos is None and not c.photos: raise BoothError('no photos; name a folder with three to five photos of the subject')
+    return c
+
 # %% ../nbs/20_booth.ipynb #6443910c
 class Booth:
     "A session: one subject, one run folder."
@@ -46,18 +58,12 @@ class Booth:
         config=None,          # DreamBoothConfig; None: the defaults
         device:str=None,      # cuda, mps or cpu; None: the best there is
     ):
-        if not isinstance(config, (DreamBoothConfig, type(None))): raise BoothError(f"config={config!r} is a {type(config).__name__}; give a DreamBoothConfig, such as DreamBoothConfig.load('dreambooth.yaml')")
-        c = config = dataclasses.replace(config or DreamBoothConfig()).check()
-        if c.concepts and not (photos is None and token is None and class_noun is None): raise BoothError(f"{len(c.concepts)} subjects stand in config.concepts, with photos, token and class noun; leave those out here, or concepts there")
-        if c.concepts: c.photos, c.token, c.class_noun = c.concepts[0].photos, c.concepts[0].token, c.concepts[0].class_noun
-        c.token, c.class_noun = (' '.join(str(o).split()) for o in (token or c.token, class_noun or c.class_noun))
-        if not c.class_noun: raise BoothError('no class noun; say what the subject is, such as class_noun=fox')
-        if photos is None and not c.photos: raise BoothError('no photos; name a folder with three to five photos of the subject')
+        c = _session(config, photos, token, class_noun)
         self.photos = load_images(c.photos if photos is None else photos)
         if not c.concepts: check_photos(c, self.photos)  # of several subjects, `check_run` looks at all
         c.photos = str(photos) if isinstance(photos, (str, Path)) else c.photos if photos is None else ''
         own = f"cuda:{os.environ['LOCAL_RANK']}" if device is None and 'LOCAL_RANK' in os.environ and Settings.auto().device == 'cuda' else device  # a GPU a process
-        self.cfg, self.device, self.seconds = config, Settings.auto(own).device, {}
+        self.cfg, self.device, self.seconds = c, Settings.auto(own).device, {}
         check_readers(c, self.pipe)
         check_name(self.pipe.tokenizer, c.token, c.class_noun)
         c.steps, c.prior = c.steps or suited_steps(self.pipe), suited_priors(c.prior, self.pipe)
@@ -121,6 +127,7 @@ class _Accepted(Callback):
         if self.learn.accelerator.is_main_process: self.booth.flush()
         self.booth.waiting.clear()
 
+# %% ../nbs/20_booth.ipynb #e4476453
 def _save_photos(photos, folder):
     "Photos in their order: files as they are, with alpha and the text beside them; pictures as PNG."
     folder, names = out_dir(folder), [p.path.name if p.path else '' for p in photos]
@@ -151,7 +158,7 @@ def caption(self:Booth) -> L: # of Caption
     rows = read_jsonl(self.out/'captions.jsonl') if (self.out/'checkpoints').exists() else []
     with _stage(self, 'caption'):
         if [r['hash'] for r in rows] == [p.hash for p in self.photos]:
-            self.captions = L(Caption(r['text'], r['score'] or float('nan'), photo=p) for r, p in zip(rows, self.photos))
+            self.captions = L(Caption(r['text'], float('nan') if r['score'] is None else r['score'], photo=p) for r, p in zip(rows, self.photos))
         else: self.captions = self.captioner(self.photos, prompt=article(self.cfg.class_noun))
         self.keep_captions()
     return self.captions

@@ -213,6 +213,7 @@ def _unknown(cfg, known, prefix=''):
         elif prefix + str(k) not in known: yield prefix + str(k), known
         elif prefix + str(k) == 'concepts': yield from (bad for c in (v if isinstance(v, list) else ()) if isinstance(c, dict) for bad in _unknown(c, config_fields(ConceptConfig)))
 
+# %% ../nbs/13_dreambooth.ipynb #179f4864
 def _written(said):
     "An override; a name, path or text is taken as it is written, though YAML would read 007 as 7, no as false, and stop at a colon or #."
     k, _, v = said.partition('=')
