@@ -39,7 +39,7 @@ from .decoding import quiet_transformers
 from .concept import Concept, DataOptions, check_name, check_weights, fitted_masks, load_masks, training_set, training_views
 from .core import BoothError, atomic_dir, atomic_write, file_hash, nearest, stateless_seed
 from .diffusion import add_noise, alpha_sigma, debiased_weight, logit_normal, min_snr_weight, p2_weight, prior_loss, snr, target
-from .layers import attend_narrowly, conv2d, winograd_conv2d, winograd_suits
+from .layers import attend_narrowly, conv2d, gathered_conv2d_input, gathering_suits, winograd_conv2d, winograd_suits
 from .learner import Callback, Learner
 from .priors import load_priors
 from .sampling import fill, is_small, make_scheduler, suited_guidance, _check_prompts, _check_steps
@@ -423,6 +423,7 @@ class _Frozen(torch.autograd.Function):
         (w,), (stride, padding, dilation, groups) = ctx.saved_tensors, ctx.how
         if winograd_suits(g, w.transpose(0, 1), *ctx.how): return winograd_conv2d(g, w.transpose(0, 1).flip(2, 3)), *[None]*6
         x = g.new_empty(ctx.size)  # never read: it stands for the input's shape
+        if gathering_suits(x, w, *ctx.how): return gathered_conv2d_input(ctx.size, w, g, stride, padding), *[None]*6
         dx = torch.ops.aten.convolution_backward(g, x, w.to(g.dtype), None, stride, padding, dilation, False, [0, 0], groups, [True, False, False])[0]
         return dx.to(ctx.dtype), *[None]*6
 
