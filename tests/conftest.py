@@ -1,4 +1,4 @@
-import os
+import os, shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +11,14 @@ os.chdir(root)  # nbdev looks for settings.ini from here
 
 @pytest.fixture(scope='session')
 def project(): return root
+
+
+@pytest.fixture
+def tmp_path(tmp_path, request):
+    "pytest's own, emptied once its test has passed: the runs of all tests together would fill a small disk."
+    before = request.session.testsfailed
+    yield tmp_path
+    if request.session.testsfailed == before: shutil.rmtree(tmp_path, ignore_errors=True)
 
 
 @pytest.fixture

@@ -1,5 +1,5 @@
 "Training as it is lived through: killed at any moment, on two processes, from a notebook, on a full disk."
-import json, os, random, signal, socket, subprocess, sys, time
+import json, os, random, shutil, signal, socket, subprocess, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,7 +39,8 @@ def whole(tmp_path_factory):
     "An uninterrupted run that saves after every other step, so that a kill often falls into a save."
     out = tmp_path_factory.mktemp('whole')/'run'
     run(said(out, *OFTEN), out.parent)
-    return out
+    yield out
+    shutil.rmtree(out)
 
 
 LAST = max(30, 3*KILLS)  # a kill falls only after a new step, so there must be steps enough for all of them
@@ -84,7 +85,8 @@ STEPS = 'steps=4', 'checkpoint.every=4', 'optimizer=torch.optim.SGD', 'lr=0.01',
 def four(tmp_path_factory):
     out = tmp_path_factory.mktemp('four')/'run'
     run(said(out, *STEPS, 'batch_size=4'), out.parent)
-    return out
+    yield out
+    shutil.rmtree(out)
 
 
 def alike(a, b, tol=1e-5):
