@@ -886,9 +886,9 @@ class Wording:
         known = ['caption', *(k for k in ('token', 'noun') if getattr(self, k))]
         if holes - set(known): raise BoothError(f"the template {self.template!r} has a hole {{{min(holes - set(known))}}}; the holes are {', '.join(f'{{{o}}}' for o in known)}")
         if 'caption' not in holes: raise BoothError(f"the template {self.template!r} has no {{caption}}; write it where the caption belongs")
-        if self.synonyms and not (self.token and self.noun): raise BoothError(f"synonyms={self.synonyms} without token and noun; give both, or leave it out")
+        if self.synonyms and not (self.token and self.noun): raise BoothError(f"synonyms={self.synonyms} without token= and noun=; give both, or leave it out")
         for k, other in ('token', 'noun'), ('noun', 'token'):
-            if getattr(self, k) and not getattr(self, other) and k not in holes: raise BoothError(f"{k}={getattr(self, k)!r} does nothing by itself; give {other}, too, or a template with {{{k}}}")
+            if getattr(self, k) and not getattr(self, other) and k not in holes: raise BoothError(f"{k}={getattr(self, k)!r} does nothing by itself; give {other}=, too, or a template with {{{k}}}")
         try: self('a fox')
         except (ValueError, TypeError, AttributeError, IndexError, KeyError) as e: raise BoothError(f"template {self.template!r} cannot be filled ({e}); write its holes without a format, such as {{caption}}") from None
 
