@@ -618,6 +618,8 @@ def _word_options(self, decoding):
     if avoid: decoding['bad_words_ids'] = [*(decoding.get('bad_words_ids') or []), *map(ids, avoid)]
     return decoding
 
+def _room(self, prompt): return dict(longest=len(self.prompt_ids(prompt, 1)[0]), positions=self.text_config.max_position_embeddings)
+
 def _no_word(w): raise BoothError(f"{w!r} is no word to force or to avoid; give strings that the model can spell, such as 'fox' or 'in the park'")
 
 # %% ../nbs/03_captioning.ipynb #5ade6124
@@ -677,7 +679,7 @@ def stream(self:Captioner,
     "Caption one picture and give the words as they come."
     photos, streamer = load_images(image, maximum=1), TextIteratorStreamer(self.processor.tokenizer, skip_special_tokens=True)
     if 'streamer' in decoding: raise BoothError("stream() has a streamer of its own; leave streamer= out, or call the captioner with it")
-    config, _ = decoding_config(streamer=streamer, **_word_options(self, decoding))
+    config, _ = decoding_config(streamer=streamer, **_room(self, prompt), **_word_options(self, decoding))
     if (config.num_return_sequences or 1) > 1: raise BoothError(f"num_return_sequences={config.num_return_sequences} with stream(); one caption comes at a time: leave it out")
     self.check_size(size)
     failed = []
@@ -884,9 +886,9 @@ class Wording:
         known = ['caption', *(k for k in ('token', 'noun') if getattr(self, k))]
         if holes - set(known): raise BoothError(f"the template {self.template!r} has a hole {{{min(holes - set(known))}}}; the holes are {', '.join(f'{{{o}}}' for o in known)}")
         if 'caption' not in holes: raise BoothError(f"the template {self.template!r} has no {{caption}}; write it where the caption belongs")
-        if self.synonyms and not (self.token and self.noun): raise BoothError(f"synonyms={self.synonyms} without token and noun; give both, or leave it out")
+        if self.synonyms and not (self.token and self.noun): raise BoothError(f"synonyms={self.synonyms} without token= and noun=; give both, or leave it out")
         for k, other in ('token', 'noun'), ('noun', 'token'):
-            if getattr(self, k) and not getattr(self, other) and k not in holes: raise BoothError(f"{k}={getattr(self, k)!r} does nothing by itself; give {other}, too, or a template with {{{k}}}")
+            if getattr(self, k) and not getattr(self, other) and k not in holes: raise BoothError(f"{k}={getattr(self, k)!r} does nothing by itself; give {other}=, too, or a template with {{{k}}}")
         try: self('a fox')
         except (ValueError, TypeError, AttributeError, IndexError, KeyError) as e: raise BoothError(f"template {self.template!r} cannot be filled ({e}); write its holes without a format, such as {{caption}}") from None
 
@@ -934,7 +936,7 @@ def caption_files(self:Captioner,
     _check_folder_options(prompt, batch_size, fit, workers, wording)
     self.check_size(size)
     o, workers = self.processor.image_processor.size, min(8, os.cpu_count() or 1) if workers is None else workers
-    seeded = decoding_config(**_word_options(self, decoding))[1].get('seed') is not None
+    seeded = decoding_config(**_room(self, prompt), **_word_options(self, decoding))[1].get('seed') is not None
     read = partial(_read, folder, size or (o['height'], o['width']), fit, seeded)
     for part in chunked(prefetched(read, files, workers, 2*batch_size, partial(_lost, folder)), batch_size):
         bad = [(name, x) for name, x in part if isinstance(x, BoothError)]
@@ -1093,8 +1095,7 @@ def _plan_folder(self:Captioner, folder, out, recursive, prompt, batch_size, fit
     _check_folder_options(prompt, batch_size, fit, workers, wording)
     self.check_size(size)
     n, res = count_pictures(folder, recursive), _folder_captions(folder, out)
-    longest = len(self.prompt_ids(prompt, 1)[0])
-    config, rest = decoding_config(longest=longest, positions=self.text_config.max_position_embeddings, **_word_options(self, decoding))
+    config, rest = decoding_config(**_room(self, prompt), **_word_options(self, decoding))
     more = dict(size=size) if size is not None else {}
     if wording is not None: more['wording'] = asdict(wording)
     settings = self.folder_settings(res.folder, res.log, prompt, fit, config, {**rest, **more})

@@ -354,7 +354,7 @@ def _as_options(message, f):
         name, value = m[1], m[2] or ''
         if name not in kinds or (kinds[name] is bool and value == 'False'): return m[0]
         return f"--{name.replace('_', '-')}{f' {value}' if value and kinds[name] is not bool else ''}"
-    return re.sub(r"(?<!\w)'[^']*'|(?<![\w.'-])([a-z_]+)=('[^']*'|[\w.]+\b)?(?!=)", option, message)
+    return re.sub(r"(?<!\w)'[^']*'|(?<![\w.'-])([a-z_]+)=('[^']*'|\[[^]]*\]|[\w.]+\b)?(?!=)", option, message)
 
 @contextmanager
 def _plain_warnings():

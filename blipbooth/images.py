@@ -43,8 +43,10 @@ class Photo:
 # %% ../nbs/01_images.ipynb #66d4f7a1
 def _sixteen(image):
     "A picture with 16-bit grey values, scaled to 8 bits; in 32 bits, it may hold 8-bit values."
-    x = np.asarray(image).astype(np.float64)
-    return Image.fromarray((x*(1 if image.mode == 'I' and x.max() <= 255 else 255/65535)).round().clip(0, 255).astype(np.uint8))
+    x, clear = np.asarray(image).astype(np.float64), image.info.get('transparency') # the one value that stands for transparent
+    grey = Image.fromarray((x*(1 if image.mode == 'I' and x.max() <= 255 else 255/65535)).round().clip(0, 255).astype(np.uint8))
+    if clear is not None: grey.putalpha(Image.fromarray(x != clear).convert('L'))
+    return grey
 
 def _upright(image):
     "A picture turned as its EXIF says, even if PIL cannot write the rest of the EXIF anew."
