@@ -138,15 +138,22 @@ def make_scheduler(
 ): # a fresh diffusers scheduler
     "A scheduler of its own for one printing, with the pipeline's settings, as diffusers' `from_config` takes them over; the pipeline's own stays untouched."
     name = pipe.scheduler if name is None else _named(name)
-    if hasattr(name, 'config') and not isinstance(name, type): return type(name).from_config(name.config)
+    if hasattr(name, 'config') and not isinstance(name, type): return type(name).from_config(_all_settings(name))
     if not isinstance(name, str) or name not in _schedulers:
         near = nearest(str(name).lower(), _schedulers)
         raise BoothError(f"no scheduler {name!r}; {f'did you mean {near!r}? ' if near else ''}the choices are: {', '.join(_schedulers)}")
     kind, settings = getattr(diffusers, _schedulers[name][0]), _schedulers[name][1]
     made = kind.from_config(pipe.scheduler.config, **settings)
-    if made.config.get('clip_sample') and 'clip_sample' not in pipe.scheduler.config:
-        warnings.warn(f"{name} clips latents to [-1, 1], since the pipeline's scheduler does not say clip_sample; pipe.scheduler.register_to_config(clip_sample=False) turns it off")
+    if made.config.get('clip_sample') and not pipe.scheduler.config.get('clip_sample'):
+        why, mend = "does not say clip_sample", 'pipe.scheduler.register_to_config(clip_sample=False)'
+        if 'clip_sample' in pipe.scheduler.config: why, mend = 'was made without clip_sample', 'pipe.scheduler = make_scheduler(pipe)'
+        warnings.warn(f"{name} clips latents to [-1, 1], since the pipeline's scheduler {why}; {mend} turns it off")
     return made
+
+# %% ../nbs/08_sampling.ipynb #41548c8e
+def _all_settings(scheduler):
+    "Settings of a scheduler or of a recipe, those too that `from_config` would put back to the defaults of the class: a pipeline may have mended them."
+    return {k: v for k, v in getattr(scheduler, 'config', scheduler).items() if k != '_use_default_values'}
 
 # %% ../nbs/08_sampling.ipynb #3d840e1d
 _marks = re.compile(r'\\[()]|[()]|:\s*([+-]?\d*\.?\d+)\s*\)')
@@ -736,7 +743,7 @@ def _glance(named):
 def _recipe(job, guidance, scheduler, **shared):
     "What a print was made from, as plain values; `sample(pipe, **recipe)` makes it again."
     changes = {**guidance.changes(), 'g': job.g}
-    if hasattr(scheduler, 'config'): scheduler = {**scheduler.config, '_class_name': type(scheduler).__name__}
+    if hasattr(scheduler, 'config'): scheduler = {**_all_settings(scheduler), '_class_name': type(scheduler).__name__}
     pictures = {k: dict(hash=v.hash) for k, v in (('init', job.init), ('mask', job.mask)) if v is not None}
     return dict(prompt=job.prompt, negative=job.negative, seed=int(job.seed), index=int(job.index), guidance=changes['g'] if len(changes) == 1 else changes,
         scheduler=scheduler, **pictures, **{k: v for k, v in shared.items() if v not in (None, False)})
@@ -748,13 +755,21 @@ def _signed(prints, jobs, guidance, scheduler, **shared):
 
 def _plain(x): return x.tolist() if hasattr(x, 'tolist') else str(x)
 
+# %% ../nbs/08_sampling.ipynb #314f7a42
+def _lasting(pipe, scheduler, own):
+    "A scheduler as a recipe has it: by name, or whole where the name means another one to a copy of the pipeline that was saved and loaded."
+    name = _named(scheduler)
+    if not isinstance(name, str): return scheduler
+    saved = type(own).from_config(_all_settings(pipe.scheduler), **_schedulers[name][1])
+    return name if all(saved.config[k] == own.config[k] for k in inspect.signature(type(own)).parameters) else own
+
 # %% ../nbs/08_sampling.ipynb #c7fb8882
 def _own_scheduler(pipe, scheduler):
     "The scheduler of one printing, from a name, a diffusers scheduler, or its settings in a recipe."
     name = scheduler.get('_class_name') if isinstance(scheduler, dict) else type(getattr(scheduler, 'scheduler', scheduler)).__name__
     kind = getattr(diffusers, str(name), None) if str(name).endswith('Scheduler') else None
     if isinstance(scheduler, dict) and kind is None: raise BoothError(f"no scheduler {name!r} in diffusers {diffusers.__version__}; choose one of {', '.join(schedulers())}")
-    try: own = kind.from_config(scheduler) if isinstance(scheduler, dict) else make_scheduler(pipe, scheduler)
+    try: own = kind.from_config(_all_settings(scheduler)) if isinstance(scheduler, dict) else make_scheduler(pipe, scheduler)
     except (AttributeError, ImportError, KeyError, TypeError, ValueError) as e: raise _unusable(name, e) from e
     return _check_scheduler(own)
 
@@ -836,7 +851,7 @@ def sample(
     with _tiled(pipe.vae, tiling) as tiling: prints = _print(pipe, jobs, batch or _batch_size(pipe, size), callback, long, restore_mean, each, return_latents=return_latents,
         size=size, guidance=guidance, scheduler=own, steps=steps, strength=strength or 1.)
     if return_latents: return prints
-    return _signed(prints, jobs, guidance, _named(scheduler), tiling=tiling, steps=steps, size=list(size), strength=strength,
+    return _signed(prints, jobs, guidance, _lasting(pipe, scheduler, own), tiling=tiling, steps=steps, size=list(size), strength=strength,
         model=model, precision=_precision(pipe), long=long, restore_mean=restore_mean)
 
 # %% ../nbs/08_sampling.ipynb #a0c8ae6f
