@@ -711,22 +711,22 @@ def _print(pipe, jobs, batch, callback, long, restore_mean, steps_each, **kwargs
     return torch.cat(done) if kwargs['return_latents'] else [o for images in done for o in images]
 
 # %% ../nbs/08_sampling.ipynb #b16a605f
-def _shared_name(name): return name.replace('text_encoder.text_model.', 'text_encoder.') # a prefix that some versions of transformers have
+def _shared_name(name): return name.replace('_orig_mod.', '').replace('text_encoder.text_model.', 'text_encoder.') # what torch.compile and some versions of transformers put in
 
 def fingerprint(
     pipe, # StableDiffusionPipeline
 )->str: # 16 hexadecimal digits
     "A hash of the weights, the noise schedule, and what is switched on of adapters and FreeU, which decide what a pipeline draws."
-    schedule = json.dumps({k: v for k, v in dict(pipe.scheduler.config).items() if k[0] != '_' or k == '_class_name'}, sort_keys=True, default=str)
+    schedule = {k: v for k, v in pipe.scheduler.config.items() if k[0] != '_'} | {'_class_name': type(pipe.scheduler).__name__} # which a config has once it was saved
     parts = {o: getattr(pipe, o) for o in ('unet', 'text_encoder', 'vae')}
-    named, more = [(_shared_name(f'{part}.{name}'), p) for part, m in parts.items() for name, p in m.named_parameters()], schedule + _switched(parts)
+    named, more = [(_shared_name(f'{part}.{name}'), p) for part, m in parts.items() for name, p in m.named_parameters()], json.dumps(schedule, sort_keys=True, default=str) + _switched(parts)
     seen = more, _glance(named)
     if vars(pipe).get('_glanced', (None,))[0] != seen: vars(pipe)['_glanced'] = seen, weights_hash(named, more)
     return vars(pipe)['_glanced'][1]
 
 def _switched(parts):
     "How strongly each adapter speaks in each layer, and FreeU's factors, which no weight tells; empty where there is none."
-    layers = [(f'{part}.{name}', o) for part, m in parts.items() for name, o in m.named_modules()]
+    layers = [(_shared_name(f'{part}.{name}'), o) for part, m in parts.items() for name, o in m.named_modules()]
     adapted = [(name, o) for name, o in layers if hasattr(o, 'scaling') and hasattr(o, 'active_adapters')]
     on = {name: {a: o.scaling.get(a) for a in o.active_adapters} for name, o in adapted if not o.disable_adapters and not o.merged}
     on.update({name: [o.b1, o.b2, o.s1, o.s2] for name, o in layers if getattr(o, 'b1', None) is not None})
