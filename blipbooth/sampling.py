@@ -577,10 +577,13 @@ def _known(pipe, jobs, size):
     if jobs[0].init is None: return None, None
     where, dists = dict(device=pipe._execution_device, dtype=pipe.vae.dtype), {}
     for o in jobs:
-        if id(o.init) not in dists: dists[id(o.init)] = pipe.vae.encode(to_tensor([o.init], size).to(**where, memory_format=torch.channels_last)).latent_dist # as diffusers lays it
-    draws = [dists[id(o.init)].sample(generator('sample init', o.seed, o.index)) for o in jobs]
+        if id(o.init) not in dists: dists[id(o.init)] = pipe.vae.encode(to_tensor([o.init], size).to(**where, memory_format=torch.channels_last)) # as diffusers lays it
+    draws = [_draw(dists[id(o.init)], generator('sample init', o.seed, o.index)) for o in jobs]
     known = torch.cat(draws)*pipe.vae.config.scaling_factor
     return known, None if jobs[0].mask is None else torch.cat([_mask(o.mask, size, known.shape[-2:]) for o in jobs]).to(known)
+
+def _draw(encoded, generator): # latents; a tiny VAE has no distribution, they are what it says
+    return encoded.latent_dist.sample(generator) if hasattr(encoded, 'latent_dist') else encoded.latents
 
 def _mask(photo, size, shape):
     "A mask for latents (1, 1, h, w): 1 where to print."
