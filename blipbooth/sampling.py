@@ -429,7 +429,7 @@ def denoise(
     "From noise to clean latents."
     scheduler, guidance = scheduler or make_scheduler(pipe), guidance if isinstance(guidance, Guidance) else Guidance(guidance)
     scheduler.set_timesteps(steps)
-    extra = dict(generator=generators) if 'generator' in inspect.signature(scheduler.step).parameters else {}
+    extra = {k: v for k, v in dict(generator=generators, eta=0.).items() if k in inspect.signature(scheduler.step).parameters} # as diffusers' pipelines have it
     whole, skipped, before = len(scheduler.timesteps), 0 if known is None else _skipped(scheduler, steps, strength), None
     x, timesteps = _begin(scheduler, noise, skipped, known, mask)
     texts, clean = _Texts(texts), guidance.how == 'apg' or getattr(callback, 'clean', False)
