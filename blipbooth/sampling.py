@@ -776,6 +776,10 @@ def _own_scheduler(pipe, scheduler):
     except (AttributeError, ImportError, KeyError, TypeError, ValueError) as e: raise _unusable(name, e) from e
     return _check_scheduler(own)
 
+def _for_masks(scheduler):
+    "PNDM without its Runge-Kutta steps, between which no photo can be put back; diffusers' inpainting takes them out, too."
+    return type(scheduler).from_config(_all_settings(scheduler), skip_prk_steps=True) if scheduler.config.get('skip_prk_steps') is False else scheduler
+
 def _unusable(name, why): return BoothError(f"{name} cannot print here ({' '.join(str(why).split())[:120] or type(why).__name__}); choose one of {', '.join(schedulers())}")
 
 def _check_scheduler(scheduler):
@@ -848,6 +852,7 @@ def sample(
     guidance, strength = _guidance(guidance, interval, rescale), _check_strength(steps, strength, init, mask)
     jobs = _jobs(pipe, prompt, negative, subject, seed, n, index, guidance, init, mask, long)
     size, own = _check_size(pipe, size), _own_scheduler(pipe, scheduler)
+    if mask is not None: own = _for_masks(own)
     each = _check_steps(own, steps, strength)
     _check_masks(pipe, jobs, size)
     if model or precision or not return_latents: model = _check_model(pipe, model, precision)
