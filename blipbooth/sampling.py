@@ -8,7 +8,7 @@ __all__ = ['load_pipeline', 'tune', 'is_small', 'suited_guidance', 'schedulers',
            'save_print', 'read_recipe', 'sweep']
 
 # %% ../nbs/08_sampling.ipynb #47ced644
-import dataclasses, inspect, io, itertools, json, math, numbers, re, sys, warnings
+import copy, dataclasses, inspect, io, itertools, json, math, numbers, re, sys, warnings
 from collections import namedtuple
 from contextlib import contextmanager
 from functools import cached_property
@@ -523,13 +523,21 @@ def _check_size(pipe, size):
         raise BoothError(f"size {h} × {w} does not fit this model; both sides must be multiples of {unit}, such as {near}")
     return h, w
 
+def _rehearse(scheduler):
+    "One step of a copy of a scheduler that has its timesteps, over a single 0: refuses one that cannot take it."
+    trial, zero = copy.deepcopy(scheduler), torch.zeros(1, 1, 1, 1)
+    try:
+        with torch.random.fork_rng(devices=[]): trial.step(trial.scale_model_input(zero, trial.timesteps[0]), trial.timesteps[0], zero)
+    except (AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as e: raise _unusable(type(scheduler).__name__, e) from e
+
 def _check_steps(scheduler, steps, strength=None):
     "How many stops the scheduler makes of `steps`, or of the share of them that `strength` leaves."
     limit = scheduler.config.get('num_train_timesteps', 1000)
     if few := type(scheduler).__name__ == 'LCMScheduler': limit = min(limit, scheduler.config.original_inference_steps)
     if not isinstance(steps, numbers.Integral) or not 1 <= steps <= limit: raise BoothError(f"steps is {steps}; {type(scheduler).__name__} takes 1 to {limit}, {'4 to 8' if few else '20 to 50'} is usual")
     try: scheduler.set_timesteps(steps)
-    except (KeyError, TypeError, ValueError) as e: raise BoothError(f"steps is {steps}, and {type(scheduler).__name__} with its settings makes no way of that ({str(e)[:120]}); take more steps, or another scheduler") from e
+    except (AttributeError, KeyError, TypeError, ValueError) as e: raise BoothError(f"steps is {steps}, and {type(scheduler).__name__} with its settings makes no way of that ({str(e)[:120]}); take more steps, or another scheduler") from e
+    _rehearse(scheduler)
     if strength is not None and not hasattr(scheduler, 'add_noise'): raise _unusable(type(scheduler).__name__, 'it has no add_noise, which a photo to start from needs')
     return len(scheduler.timesteps) - (0 if strength is None else _skipped(scheduler, steps, strength))
 
