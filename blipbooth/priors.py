@@ -19,7 +19,7 @@ from .core import (BoothError, append_jsonl, atomic_write, file_hash, generator,
     stateless_seed, weights_hash)
 from .diffusion import Guidance, add_noise, alpha_sigma, answer_for, predict_x0, _check_name, _within
 from .images import load_image, load_images, show_grid, to_tensor, _suffixes
-from .sampling import (_check_pipe, _check_prompts, _check_size, _check_steps, _check_whole, _guidance, _inference, _own_scheduler, _token_limit, encode_prompts, fill,
+from .sampling import (_all_settings, _check_pipe, _check_prompts, _check_size, _check_steps, _check_whole, _guidance, _inference, _own_scheduler, _token_limit, encode_prompts, fill,
     fingerprint, load_pipeline, sample, save_print)
 
 # %% ../nbs/09_priors.ipynb #585506f7
@@ -212,7 +212,7 @@ def load_priors(
 def _settings(pipe, class_noun, seed, prompts, matcher, choice, how):
     "What has to be equal for a folder to be gone on with, as plain values."
     judge = matcher and dict(model=weights_hash(matcher.model.named_parameters()), **choice)
-    plain = lambda x: x.changes() if isinstance(x, Guidance) else dict(x.config) if hasattr(x, 'config') else x.tolist() if hasattr(x, 'tolist') else str(x)
+    plain = lambda x: x.changes() if isinstance(x, Guidance) else {**_all_settings(x), '_class_name': type(x).__name__} if hasattr(x, 'config') else x.tolist() if hasattr(x, 'tolist') else str(x)
     return json.loads(json.dumps(dict(model=fingerprint(pipe), class_noun=class_noun, seed=seed, prompts=prompts, matcher=judge, **how), default=plain))
 
 def _safe(noun): return re.sub(r'[\x00-\x1f /\\:*?"<>|]', '-', noun).lstrip('.')[:80] # as part of a folder's name

@@ -8,7 +8,7 @@ __all__ = ['load_pipeline', 'tune', 'is_small', 'suited_guidance', 'schedulers',
            'save_print', 'read_recipe', 'sweep']
 
 # %% ../nbs/08_sampling.ipynb #47ced644
-import dataclasses, inspect, io, itertools, json, math, numbers, re, sys, warnings
+import copy, dataclasses, inspect, io, itertools, json, math, numbers, re, sys, warnings
 from collections import namedtuple
 from contextlib import contextmanager
 from functools import cached_property
@@ -138,15 +138,22 @@ def make_scheduler(
 ): # a fresh diffusers scheduler
     "A scheduler of its own for one printing, with the pipeline's settings, as diffusers' `from_config` takes them over; the pipeline's own stays untouched."
     name = pipe.scheduler if name is None else _named(name)
-    if hasattr(name, 'config') and not isinstance(name, type): return type(name).from_config(name.config)
+    if hasattr(name, 'config') and not isinstance(name, type): return type(name).from_config(_all_settings(name))
     if not isinstance(name, str) or name not in _schedulers:
         near = nearest(str(name).lower(), _schedulers)
         raise BoothError(f"no scheduler {name!r}; {f'did you mean {near!r}? ' if near else ''}the choices are: {', '.join(_schedulers)}")
     kind, settings = getattr(diffusers, _schedulers[name][0]), _schedulers[name][1]
     made = kind.from_config(pipe.scheduler.config, **settings)
-    if made.config.get('clip_sample') and 'clip_sample' not in pipe.scheduler.config:
-        warnings.warn(f"{name} clips latents to [-1, 1], since the pipeline's scheduler does not say clip_sample; pipe.scheduler.register_to_config(clip_sample=False) turns it off")
+    if made.config.get('clip_sample') and not pipe.scheduler.config.get('clip_sample'):
+        why, mend = "does not say clip_sample", 'pipe.scheduler.register_to_config(clip_sample=False)'
+        if 'clip_sample' in pipe.scheduler.config: why, mend = 'was made without clip_sample', 'pipe.scheduler = make_scheduler(pipe)'
+        warnings.warn(f"{name} clips latents to [-1, 1], since the pipeline's scheduler {why}; {mend} turns it off")
     return made
+
+# %% ../nbs/08_sampling.ipynb #41548c8e
+def _all_settings(scheduler):
+    "Settings of a scheduler or of a recipe, those too that `from_config` would put back to the defaults of the class: a pipeline may have mended them."
+    return {k: v for k, v in getattr(scheduler, 'config', scheduler).items() if k != '_use_default_values'}
 
 # %% ../nbs/08_sampling.ipynb #3d840e1d
 _marks = re.compile(r'\\[()]|[()]|:\s*([+-]?\d*\.?\d+)\s*\)')
@@ -422,7 +429,7 @@ def denoise(
     "From noise to clean latents."
     scheduler, guidance = scheduler or make_scheduler(pipe), guidance if isinstance(guidance, Guidance) else Guidance(guidance)
     scheduler.set_timesteps(steps)
-    extra = dict(generator=generators) if 'generator' in inspect.signature(scheduler.step).parameters else {}
+    extra = {k: v for k, v in dict(generator=generators, eta=0.).items() if k in inspect.signature(scheduler.step).parameters} # as diffusers' pipelines have it
     whole, skipped, before = len(scheduler.timesteps), 0 if known is None else _skipped(scheduler, steps, strength), None
     x, timesteps = _begin(scheduler, noise, skipped, known, mask)
     texts, clean = _Texts(texts), guidance.how == 'apg' or getattr(callback, 'clean', False)
@@ -516,13 +523,21 @@ def _check_size(pipe, size):
         raise BoothError(f"size {h} × {w} does not fit this model; both sides must be multiples of {unit}, such as {near}")
     return h, w
 
+def _rehearse(scheduler):
+    "One step of a copy of a scheduler that has its timesteps, over a single 0: refuses one that cannot take it."
+    trial, zero = copy.deepcopy(scheduler), torch.zeros(1, 1, 1, 1)
+    try:
+        with torch.random.fork_rng(devices=[]): trial.step(trial.scale_model_input(zero, trial.timesteps[0]), trial.timesteps[0], zero)
+    except (AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as e: raise _unusable(type(scheduler).__name__, e) from e
+
 def _check_steps(scheduler, steps, strength=None):
     "How many stops the scheduler makes of `steps`, or of the share of them that `strength` leaves."
     limit = scheduler.config.get('num_train_timesteps', 1000)
     if few := type(scheduler).__name__ == 'LCMScheduler': limit = min(limit, scheduler.config.original_inference_steps)
     if not isinstance(steps, numbers.Integral) or not 1 <= steps <= limit: raise BoothError(f"steps is {steps}; {type(scheduler).__name__} takes 1 to {limit}, {'4 to 8' if few else '20 to 50'} is usual")
     try: scheduler.set_timesteps(steps)
-    except (KeyError, TypeError, ValueError) as e: raise BoothError(f"steps is {steps}, and {type(scheduler).__name__} with its settings makes no way of that ({str(e)[:120]}); take more steps, or another scheduler") from e
+    except (AttributeError, KeyError, TypeError, ValueError) as e: raise BoothError(f"steps is {steps}, and {type(scheduler).__name__} with its settings makes no way of that ({str(e)[:120]}); take more steps, or another scheduler") from e
+    _rehearse(scheduler)
     if strength is not None and not hasattr(scheduler, 'add_noise'): raise _unusable(type(scheduler).__name__, 'it has no add_noise, which a photo to start from needs')
     return len(scheduler.timesteps) - (0 if strength is None else _skipped(scheduler, steps, strength))
 
@@ -570,10 +585,13 @@ def _known(pipe, jobs, size):
     if jobs[0].init is None: return None, None
     where, dists = dict(device=pipe._execution_device, dtype=pipe.vae.dtype), {}
     for o in jobs:
-        if id(o.init) not in dists: dists[id(o.init)] = pipe.vae.encode(to_tensor([o.init], size).to(**where, memory_format=torch.channels_last)).latent_dist # as diffusers lays it
-    draws = [dists[id(o.init)].sample(generator('sample init', o.seed, o.index)) for o in jobs]
+        if id(o.init) not in dists: dists[id(o.init)] = pipe.vae.encode(to_tensor([o.init], size).to(**where, memory_format=torch.channels_last)) # as diffusers lays it
+    draws = [_draw(dists[id(o.init)], generator('sample init', o.seed, o.index)) for o in jobs]
     known = torch.cat(draws)*pipe.vae.config.scaling_factor
     return known, None if jobs[0].mask is None else torch.cat([_mask(o.mask, size, known.shape[-2:]) for o in jobs]).to(known)
+
+def _draw(encoded, generator): # latents; a tiny VAE has no distribution, they are what it says
+    return encoded.latent_dist.sample(generator) if hasattr(encoded, 'latent_dist') else encoded.latents
 
 def _mask(photo, size, shape):
     "A mask for latents (1, 1, h, w): 1 where to print."
@@ -704,22 +722,22 @@ def _print(pipe, jobs, batch, callback, long, restore_mean, steps_each, **kwargs
     return torch.cat(done) if kwargs['return_latents'] else [o for images in done for o in images]
 
 # %% ../nbs/08_sampling.ipynb #b16a605f
-def _shared_name(name): return name.replace('text_encoder.text_model.', 'text_encoder.') # a prefix that some versions of transformers have
+def _shared_name(name): return name.replace('_orig_mod.', '').replace('text_encoder.text_model.', 'text_encoder.') # what torch.compile and some versions of transformers put in
 
 def fingerprint(
     pipe, # StableDiffusionPipeline
 )->str: # 16 hexadecimal digits
     "A hash of the weights, the noise schedule, and what is switched on of adapters and FreeU, which decide what a pipeline draws."
-    schedule = json.dumps({k: v for k, v in dict(pipe.scheduler.config).items() if k[0] != '_' or k == '_class_name'}, sort_keys=True, default=str)
+    schedule = {k: v for k, v in pipe.scheduler.config.items() if k[0] != '_'} | {'_class_name': type(pipe.scheduler).__name__} # which a config has once it was saved
     parts = {o: getattr(pipe, o) for o in ('unet', 'text_encoder', 'vae')}
-    named, more = [(_shared_name(f'{part}.{name}'), p) for part, m in parts.items() for name, p in m.named_parameters()], schedule + _switched(parts)
+    named, more = [(_shared_name(f'{part}.{name}'), p) for part, m in parts.items() for name, p in m.named_parameters()], json.dumps(schedule, sort_keys=True, default=str) + _switched(parts)
     seen = more, _glance(named)
     if vars(pipe).get('_glanced', (None,))[0] != seen: vars(pipe)['_glanced'] = seen, weights_hash(named, more)
     return vars(pipe)['_glanced'][1]
 
 def _switched(parts):
     "How strongly each adapter speaks in each layer, and FreeU's factors, which no weight tells; empty where there is none."
-    layers = [(f'{part}.{name}', o) for part, m in parts.items() for name, o in m.named_modules()]
+    layers = [(_shared_name(f'{part}.{name}'), o) for part, m in parts.items() for name, o in m.named_modules()]
     adapted = [(name, o) for name, o in layers if hasattr(o, 'scaling') and hasattr(o, 'active_adapters')]
     on = {name: {a: o.scaling.get(a) for a in o.active_adapters} for name, o in adapted if not o.disable_adapters and not o.merged}
     on.update({name: [o.b1, o.b2, o.s1, o.s2] for name, o in layers if getattr(o, 'b1', None) is not None})
@@ -738,7 +756,7 @@ def _glance(named):
 def _recipe(job, guidance, scheduler, **shared):
     "What a print was made from, as plain values; `sample(pipe, **recipe)` makes it again."
     changes = {**guidance.changes(), 'g': job.g}
-    if hasattr(scheduler, 'config'): scheduler = {**scheduler.config, '_class_name': type(scheduler).__name__}
+    if hasattr(scheduler, 'config'): scheduler = {**_all_settings(scheduler), '_class_name': type(scheduler).__name__}
     pictures = {k: dict(hash=v.hash) for k, v in (('init', job.init), ('mask', job.mask)) if v is not None}
     return dict(prompt=job.prompt, negative=job.negative, seed=int(job.seed), index=int(job.index), guidance=changes['g'] if len(changes) == 1 else changes,
         scheduler=scheduler, **pictures, **{k: v for k, v in shared.items() if v not in (None, False)})
@@ -750,15 +768,27 @@ def _signed(prints, jobs, guidance, scheduler, **shared):
 
 def _plain(x): return x.tolist() if hasattr(x, 'tolist') else str(x)
 
+# %% ../nbs/08_sampling.ipynb #314f7a42
+def _lasting(pipe, scheduler, own):
+    "A scheduler as a recipe has it: by name, or whole where the name means another one to a copy of the pipeline that was saved and loaded."
+    name = _named(scheduler)
+    if not isinstance(name, str): return scheduler
+    saved = type(own).from_config(_all_settings(pipe.scheduler), **_schedulers[name][1])
+    return name if all(saved.config[k] == own.config[k] for k in inspect.signature(type(own)).parameters) else own
+
 # %% ../nbs/08_sampling.ipynb #c7fb8882
 def _own_scheduler(pipe, scheduler):
     "The scheduler of one printing, from a name, a diffusers scheduler, or its settings in a recipe."
     name = scheduler.get('_class_name') if isinstance(scheduler, dict) else type(getattr(scheduler, 'scheduler', scheduler)).__name__
     kind = getattr(diffusers, str(name), None) if str(name).endswith('Scheduler') else None
     if isinstance(scheduler, dict) and kind is None: raise BoothError(f"no scheduler {name!r} in diffusers {diffusers.__version__}; choose one of {', '.join(schedulers())}")
-    try: own = kind.from_config(scheduler) if isinstance(scheduler, dict) else make_scheduler(pipe, scheduler)
+    try: own = kind.from_config(_all_settings(scheduler)) if isinstance(scheduler, dict) else make_scheduler(pipe, scheduler)
     except (AttributeError, ImportError, KeyError, TypeError, ValueError) as e: raise _unusable(name, e) from e
     return _check_scheduler(own)
+
+def _for_masks(scheduler):
+    "PNDM without its Runge-Kutta steps, between which no photo can be put back; diffusers' inpainting takes them out, too."
+    return type(scheduler).from_config(_all_settings(scheduler), skip_prk_steps=True) if scheduler.config.get('skip_prk_steps') is False else scheduler
 
 def _unusable(name, why): return BoothError(f"{name} cannot print here ({' '.join(str(why).split())[:120] or type(why).__name__}); choose one of {', '.join(schedulers())}")
 
@@ -832,13 +862,14 @@ def sample(
     guidance, strength = _guidance(guidance, interval, rescale), _check_strength(steps, strength, init, mask)
     jobs = _jobs(pipe, prompt, negative, subject, seed, n, index, guidance, init, mask, long)
     size, own = _check_size(pipe, size), _own_scheduler(pipe, scheduler)
+    if mask is not None: own = _for_masks(own)
     each = _check_steps(own, steps, strength)
     _check_masks(pipe, jobs, size)
     if model or precision or not return_latents: model = _check_model(pipe, model, precision)
     with _tiled(pipe.vae, tiling) as tiling: prints = _print(pipe, jobs, batch or _batch_size(pipe, size), callback, long, restore_mean, each, return_latents=return_latents,
         size=size, guidance=guidance, scheduler=own, steps=steps, strength=strength or 1.)
     if return_latents: return prints
-    return _signed(prints, jobs, guidance, _named(scheduler), tiling=tiling, steps=steps, size=list(size), strength=strength,
+    return _signed(prints, jobs, guidance, _lasting(pipe, scheduler, own), tiling=tiling, steps=steps, size=list(size), strength=strength,
         model=model, precision=_precision(pipe), long=long, restore_mean=restore_mean)
 
 # %% ../nbs/08_sampling.ipynb #a0c8ae6f
