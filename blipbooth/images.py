@@ -230,7 +230,12 @@ def to_pil(
     return [Image.fromarray(o) for o in x.permute(0, 2, 3, 1).numpy()]
 
 # %% ../nbs/01_images.ipynb #630a8976
-def _font(cell): return ImageFont.load_default(max(10, min(16, cell//8)))
+def _letters(size):
+    "DejaVu Sans, which comes with matplotlib: Pillow's own letters are the English ones."
+    import matplotlib
+    return ImageFont.truetype(Path(matplotlib.get_data_path())/'fonts/ttf/DejaVuSans.ttf', size)
+
+def _font(cell): return _letters(max(9, min(14, cell//9)))
 
 def _wrap(text, font, width, most=3):
     "Lines of `text` that are at most `width` pixels wide."
@@ -285,7 +290,7 @@ def contact_sheet(
     "Rows of pictures, each with its label above it."
     rows, font = {k: load_images(v) for k, v in rows.items()}, _font(cell)
     if not rows: raise BoothError("a contact sheet of 0 rows; give at least one label with its pictures")
-    line, head = sum(font.getmetrics()) + 2, ImageFont.load_default(max(12, min(20, cell//6)))
+    line, head = sum(font.getmetrics()) + 2, _letters(max(11, min(17, cell//7)))
     top = sum(head.getmetrics()) + _gap if title else 0
     wide = (cell + _gap)*max(map(len, rows.values())) + _gap
     sheet = Image.new('RGB', (wide, top + (line + cell + _gap)*len(rows) + _gap), 'white')
