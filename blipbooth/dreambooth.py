@@ -934,7 +934,7 @@ def _shadow(pipe, cfg):
     "The parts of a pipeline on the meta device, opened as configured."
     with torch.device('meta'):
         twin = SimpleNamespace(unet=type(pipe.unet).from_config(pipe.unet.config), text_encoder=type(pipe.text_encoder)(pipe.text_encoder.config),
-                               vae=pipe.vae, tokenizer=pipe.tokenizer, vae_scale_factor=pipe.vae_scale_factor)
+                               vae=pipe.vae, tokenizer=pipe.tokenizer, vae_scale_factor=pipe.vae_scale_factor, device=pipe.device)
         net = choose_parts(twin, cfg)
     if cfg.gradient_checkpointing: _checkpointing(twin)
     for h in _halved(twin, cfg): h.drop()
@@ -944,11 +944,11 @@ def _shadow(pipe, cfg):
 _DOWN = {F.linear, F.conv2d, torch.mm, torch.bmm, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}
 
 class _Played(TorchFunctionMode):
-    "A GPU's autocast, played on the meta device."
-    def __init__(self, dtype): super().__init__(); self.dtype, self.kept = dtype, {}
+    "A device's autocast, played on the meta device: a GPU takes norms in float32, a CPU as they come."
+    def __init__(self, dtype, norms=torch.float32): super().__init__(); self.dtype, self.norms, self.kept = dtype, norms, {}
 
     def __torch_function__(self, f, types, args=(), kwargs=None):
-        to = self.dtype if f in _DOWN else torch.float32 if f in (F.group_norm, F.layer_norm) else None
+        to = self.dtype if f in _DOWN else self.norms if f in (F.group_norm, F.layer_norm) else None
         if to is None: return f(*args, **(kwargs or {}))
         return f(*(self.cast(x, to) for x in args), **{k: self.cast(x, to) for k, x in (kwargs or {}).items()})
 
@@ -962,7 +962,8 @@ class _Played(TorchFunctionMode):
 def _one_step(net, twin, cfg):
     "The peak of forward and backward, bytes; gradients are in it."
     n, side = cfg.batch_size*(1 + bool(cfg.prior.weight)), resolution(cfg, twin)//twin.vae_scale_factor
-    empty, alive, text, played = partial(torch.empty, device='meta'), _Alive(net), twin.text_encoder.config, _Played(_HALF.get(cfg.mixed_precision, torch.float32))
+    empty, alive, text, norms = partial(torch.empty, device='meta'), _Alive(net), twin.text_encoder.config, None if twin.device.type == 'cpu' else torch.float32
+    played = _Played(_HALF.get(cfg.mixed_precision, torch.float32), norms)
     with _fused_attention(), alive, played:
         noisy, t, ids = empty(n, net.unet.config.in_channels, side, side), empty(n, dtype=torch.long), empty(n, text.max_position_embeddings, dtype=torch.long)
         context = empty(n, text.max_position_embeddings, text.hidden_size) if data_options(cfg)['context'] else None
