@@ -351,7 +351,7 @@ def load_concepts(
     "The concepts that a configuration names."
     for key, own, fine in (('prior.folder', 'prior_folder', ('',)), ('template', 'template', ('a {subject}',)), ('captions', 'captions', ('captioner', 'template'))):
         if cfg.concepts and _get(cfg, key) not in fine: raise BoothError(f"{key}={_get(cfg, key)} would not be heard, since the subjects are in concepts; write {own} into each of them")
-    one = ConceptConfig(cfg.photos, cfg.token, cfg.class_noun, masks=cfg.data.masks, prior_folder=cfg.prior.folder)
+    one = ConceptConfig(cfg.photos, cfg.token, cfg.class_noun, cfg.captions.replace('template', ''), template=cfg.template, masks=cfg.data.masks, prior_folder=cfg.prior.folder)
     out = []
     for c in cfg.concepts or [one]:
         if not c.photos or not c.class_noun: raise BoothError(f"the concept {c.token!r} has no {'photos' if not c.photos else 'class_noun'}; name {'a folder' if not c.photos else 'what it is, such as fox'}")
@@ -1024,6 +1024,13 @@ def _kept(cfg, shape):
     return sum(v.numel() for v in opt.state[p].values() if torch.is_tensor(v) and v.numel() > 1)/p.numel()
 
 # %% ../nbs/13_dreambooth.ipynb #6e5c02a0
+def _newest(kept):
+    "The newest whole checkpoint, or None; says which ones are passed over."
+    last = kept.last()
+    for f in kept.found():
+        if last and f > last: warnings.warn(f'{f.name} is damaged; {last.name} is taken')
+    return last
+
 def open_run(
     run,             # run folder
     checkpoint=None, # a checkpoint folder; None: `best` where it is chosen, else the newest whole one
@@ -1033,9 +1040,9 @@ def open_run(
     run = Path(run)
     if not (run/'config.yaml').is_file(): raise BoothError(f"{run} is no run folder: it has no config.yaml; give the folder a training run wrote")
     cfg = DreamBoothConfig.load(run/'config.yaml')
-    best = run/'checkpoints'/'best'
-    checkpoint = checkpoint or (best if best.exists() else Checkpoints(run/'checkpoints').last())
-    if checkpoint is not None and not Path(checkpoint).is_dir(): raise BoothError(f"there is no checkpoint {checkpoint}; there are {', '.join(f.name for f in Checkpoints(run/'checkpoints').found()) or 'none'}")
+    best, kept = run/'checkpoints'/'best', Checkpoints(run/'checkpoints')
+    if not checkpoint: checkpoint = best if best.exists() else _newest(kept)
+    if checkpoint is not None and not Path(checkpoint).is_dir(): raise BoothError(f"there is no checkpoint {checkpoint}; there are {', '.join(f.name for f in kept.found()) or 'none'}")
     if checkpoint is None: raise BoothError(f"{run} has no whole checkpoint yet; train it with: blipbooth train --resume {run}")
     pipe = load_pipeline(cfg.model or None)
     load_weights(choose_parts(pipe, cfg), checkpoint, average=True)
