@@ -85,7 +85,7 @@ class Progress(Callback):
     def before_fit(self):
         main = self.learn.accelerator.is_main_process
         self.bar = progress(total=self.learn.steps, desc=self.desc, disable=None if main else True)
-        self.bar.update(self.learn.step)
+        self.bar.initial = self.bar.n = self.bar.last_print_n = self.learn.step  # steps of an earlier run took none of this one's time
 
     def after_step(self):
         loss = self.learn.losses['loss']
