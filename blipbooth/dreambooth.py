@@ -710,7 +710,7 @@ def make_schedule(
 # %% ../nbs/13_dreambooth.ipynb #546b399b
 def _try_out(cfg, device):
     "A step of the configured optimizer, and all of a schedule that may end, on a number that nobody needs."
-    p = torch.nn.Parameter(torch.ones(1, device=device or 'cpu'))
+    p = torch.nn.Parameter(torch.ones(1, 1, device=device or 'cpu'))  # two axes: some take matrices alone, as those of LoRA are
     opt = make_optimizer(cfg, [dict(params=[p], lr=cfg.lr or 1e-5)])
     sched, p.grad, done = make_schedule(cfg, opt), torch.ones_like(p), 0
     try:
@@ -720,6 +720,14 @@ def _try_out(cfg, device):
         which = f'step {done + 1} of {cfg.steps}' if done else 'a step'
         raise BoothError(f"optimizer={cfg.optimizer} with schedule={cfg.schedule} cannot take {which} ({str(e).partition(chr(10))[0]}); "
                          f"check optimizer_args={dict(cfg.optimizer_args)} and schedule_args={dict(cfg.schedule_args)}") from None
+
+def _keeps_still(cfg, device):
+    "Refuse an optimizer that changes what has no gradient, where the rows of a table but a few are to stay."
+    if not cfg.train.token or cfg.train.text_encoder == 'full': return
+    p = torch.nn.Parameter(torch.ones(2, 1, device=device or 'cpu'))
+    opt, p.grad = make_optimizer(cfg, [dict(params=[p], lr=.1, weight_decay=0.)]), torch.zeros_like(p)
+    opt.step()
+    if (p != 1).any(): raise BoothError(f"optimizer={cfg.optimizer} changes weights without a gradient, and with train.token the embeddings of all other words would fade; choose another, such as torch.optim.AdamW")
 
 def _next(x): return x + 1
 
@@ -735,6 +743,7 @@ def check_named(
     "Refuse an optimizer, a schedule, a tracker or a compiler that cannot be had, arguments they do not take, and numbers the device cannot train with."
     check_trackers(cfg.trackers)
     _try_out(cfg, device)
+    _keeps_still(cfg, device)
     if cfg.compile and device: _compile_out(device)
     if cfg.mixed_precision == 'fp16' and device and torch.device(device).type == 'cpu': raise BoothError("mixed_precision=fp16 needs a GPU; on a CPU use bf16 or no")
 
