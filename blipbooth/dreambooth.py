@@ -42,7 +42,7 @@ from .diffusion import add_noise, alpha_sigma, debiased_weight, logit_normal, mi
 from .layers import attend_narrowly, conv2d, winograd_conv2d, winograd_suits
 from .learner import Callback, Learner
 from .priors import load_priors
-from .sampling import fill, is_small, make_scheduler, suited_guidance, _check_prompts, _check_steps
+from .sampling import fill, is_small, make_scheduler, suited_guidance, _check_pipe, _check_prompts, _check_steps
 
 # %% ../nbs/13_dreambooth.ipynb #ec931f1c
 def _f(default, doc): return field(default=default, metadata=dict(doc=doc))
@@ -802,6 +802,7 @@ def check_run(
 ):
     "Refuse what cannot be trained, before any work: names, captions, photos, masks (which are read), timesteps, resolution, optimizer and schedule, prints on the way."
     cfg.check()
+    _check_pipe(pipe)
     resolution(cfg, pipe)
     check_named(dataclasses.replace(cfg, steps=cfg.steps or suited_steps(pipe)), pipe.device)
     check_photos(cfg, [p for c in concepts for p in c.photos])
