@@ -69,7 +69,8 @@ class Booth:
         c.steps, c.prior = c.steps or suited_steps(self.pipe), suited_priors(c.prior, self.pipe)
         with warnings.catch_warnings():
             warnings.filterwarnings('ignore', 'one photo')  # has been said
-            check_run(c, self.pipe, self.concepts(lambda photos, prompt: [prompt]*len(photos)))
+            check_run(c, self.pipe, looked_at := self.concepts(lambda photos, prompt: [prompt]*len(photos)))
+        self.masks = looked_at[0].masks
         c.out = str(out or c.out or Path('runs')/c.class_noun.replace(' ', '-'))
         self.made = [o for o in (Path(c.out).expanduser(), *Path(c.out).expanduser().parents) if not o.exists()]
         self.out, self.waiting, self.accepted = out_dir(c.out), {}, False
@@ -128,16 +129,26 @@ class _Accepted(Callback):
         self.booth.waiting.clear()
 
 # %% ../nbs/20_booth.ipynb #e4476453
+def _kept_names(photos):
+    "What the files of photos are called in a run folder, so that their order stays; pictures become PNG."
+    names, wide = [p.path.name if p.path else '' for p in photos], max(2, len(str(len(photos) - 1)))
+    in_order, numbered = names == sorted({*names} - {''}), [f'{i:0{wide}d}' for i in range(len(photos))]
+    as_file = lambda p: p.path is not None and p.path.exists() and p.path.suffix.lower() in _suffixes
+    return [f'{k}.png' if not as_file(p) else p.path.name if in_order else k + p.path.suffix for k, p in zip(numbered, photos)]
+
 def _save_photos(photos, folder):
     "Photos in their order: files as they are, with alpha and the text beside them; pictures as PNG."
-    folder, names = out_dir(folder), [p.path.name if p.path else '' for p in photos]
-    in_order = names == sorted({*names} - {''})
-    for i, p in enumerate(photos):
-        if p.path is None or not p.path.exists() or p.path.suffix.lower() not in _suffixes: p.image.save(folder/f'{i:02d}.png'); continue
-        new = folder/(p.path.name if in_order else f'{i:02d}{p.path.suffix}')
+    folder = out_dir(folder)
+    for p, new in zip(photos, (folder/k for k in _kept_names(photos))):
+        if p.path is None or not p.path.exists() or p.path.suffix.lower() not in _suffixes: p.image.save(new); continue
         atomic_write(new, p.path.read_bytes())
         for text in p.path.with_suffix('.txt'), p.path.with_suffix('.caption'):
             if text.is_file(): atomic_write(new.with_suffix(text.suffix), text.read_bytes())
+
+def _save_masks(masks, names, folder):
+    "Masks under the names of the photos they belong to."
+    folder = out_dir(folder)
+    for m, k in zip(masks, names): m.save((folder/k).with_suffix('.png'))
 
 @contextmanager
 def _stage(booth, name):
@@ -145,6 +156,9 @@ def _stage(booth, name):
     if not booth.cfg.photos:
         booth.cfg.photos = str(booth.out/'photos')
         booth.keep('photos', partial(_save_photos, booth.photos))
+        if booth.cfg.data.masks not in ('', 'alpha'):  # found by the photos' names, which are others there
+            booth.cfg.data = dataclasses.replace(booth.cfg.data, masks=str(booth.out/'masks'))
+            booth.keep('masks', partial(_save_masks, booth.masks, _kept_names(booth.photos)))
     booth.keep('config.yaml', booth.cfg.save)
     booth.keep('photos.json', lambda f: save_json(f, [dict(name=p.name, path=p.path, hash=p.hash, size=p.size) for p in booth.photos]))
     start = time.perf_counter()
@@ -175,6 +189,7 @@ def train_captions(self:Booth): # list of texts, with the subject's name
     read = lambda photos, prompt: [*map(str, self.captions)]
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', r'\d+ sidecars')  # has been said, when the booth was opened
+        if self.cfg.concepts: return load_concepts(dataclasses.replace(self.cfg, concepts=self.cfg.concepts[:1]), read)[0].captions
         return read_captions(self.photos, self.cfg.token, self.cfg.class_noun, _caption_source(self.cfg, read), self.cfg.template)
 
 # %% ../nbs/20_booth.ipynb #3fd88a39
@@ -213,7 +228,7 @@ def learned(self:Booth) -> list: # of Concept
     if not c.concepts:
         self.keep_captions() if hasattr(self, 'captions') else self.caption()
         if c.prior.weight and not hasattr(self, 'priors'): self.make_priors()
-        return [Concept(self.photos, c.token, c.class_noun, self.train_captions, self.priors if c.prior.weight else None)]
+        return [Concept(self.photos, c.token, c.class_noun, self.train_captions, self.priors if c.prior.weight else None, masks=self.masks)]
     with _stage(self, 'priors'):
         concepts = self.concepts(self.captioner)
         for i, o in enumerate(concepts):

@@ -85,7 +85,7 @@ class Progress(Callback):
     def before_fit(self):
         main = self.learn.accelerator.is_main_process
         self.bar = progress(total=self.learn.steps, desc=self.desc, disable=None if main else True)
-        self.bar.update(self.learn.step)
+        self.bar.initial = self.bar.n = self.bar.last_print_n = self.learn.step  # steps of an earlier run took none of this one's time
 
     def after_step(self):
         loss = self.learn.losses['loss']
@@ -598,9 +598,9 @@ class Track(Callback):
     def before_fit(self):
         told = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in self.config.items()}
         self.learn.accelerator.init_trackers(self.name, told, same_run(self.logs, told) if self.learn.accelerator.is_main_process else {})
+    def before_step(self): self.rates = {f'lr/{i}': g['lr'] for i, g in enumerate(self.learn.opt.param_groups)}  # a schedule moves on within the step
     def after_step(self):
-        rates = {f'lr/{i}': g['lr'] for i, g in enumerate(self.learn.opt.param_groups)}
-        with _room(self, 'what the trackers are sent'): self.learn.accelerator.log({**self.learn.losses, **rates}, step=self.learn.step)
+        with _room(self, 'what the trackers are sent'): self.learn.accelerator.log({**self.learn.losses, **self.rates}, step=self.learn.step)
     def cleanup(self):
         with _room(self, 'what the trackers are sent'): self.end()
     def end(self): self.learn.accelerator.end_training() if self.learn.accelerator.num_processes == 1 else [t.finish() for t in self.learn.accelerator.trackers]

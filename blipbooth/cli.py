@@ -150,8 +150,9 @@ def train(
     from blipbooth.booth import Booth
     booth = Booth(config=_config(config, resume), out=resume)
     if dry_run: return _dry_run(booth)
-    if os.environ.get('RANK', '0') == '0': print(booth.estimate())  # the first of several processes
-    try: booth.train(resume=bool(resume), anyway=anyway)
+    try:
+        if os.environ.get('RANK', '0') == '0': print(booth.estimate())  # the first of several processes
+        booth.train(resume=bool(resume), anyway=anyway)
     finally: booth.tidy()
     if booth.learner.accelerator.is_main_process: print(f'trained: {booth.out}')
 

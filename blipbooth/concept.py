@@ -23,7 +23,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from .core import BoothError, atomic_write, file_hash, generator, nearest, randn, stateless_shuffle, weights_hash
-from .images import fit as fit_image, load_images, to_pil, to_tensor, show_grid
+from .images import fit as fit_image, load_image, load_images, to_pil, to_tensor, show_grid, _open, _sources, _upright
 from .priors import article, Priors
 
 # %% ../nbs/10_concept.ipynb #103bbabf
@@ -147,17 +147,25 @@ def _hint(tokenizer, what, word):
 def _alpha(photo):
     "The alpha channel of a photo's file."
     if photo.path is None: raise BoothError(f"{photo.name} has no file to read an alpha channel from; give its mask in a list")
-    with Image.open(photo.path) as im:
-        im = ImageOps.exif_transpose(im)
-        if not ({'A', 'a'} & set(im.getbands()) or 'transparency' in im.info): raise BoothError(f"{photo.path} has no alpha channel; save it as a PNG with one, or give mask files")
-        return im.convert('RGBA').getchannel('A')
+    im = _open(photo.path)
+    if not _has_alpha(im): raise BoothError(f"{photo.path} has no alpha channel; save it as a PNG with one, or give mask files")
+    return _upright(im).convert('RGBA').getchannel('A')
+
+def _has_alpha(im): return bool({'A', 'a'} & set(im.getbands())) or 'transparency' in im.info
+
+def _grey(x):
+    "A mask in grey; where it is transparent, it is black."
+    im = _open(Path(x).expanduser()) if isinstance(x, (str, Path)) else x
+    if not (isinstance(im, Image.Image) and _has_alpha(im)): return load_image(x).image.convert('L')
+    im = _upright(im).convert('RGBA')
+    return Image.alpha_composite(Image.new('RGBA', im.size, 'black'), im).convert('L')
 
 def _mask_file(folder, photo):
     "The mask of the same name in a folder."
     if photo.path is None: raise BoothError(f"{photo.name} has no file name to find its mask by; give the masks in a list")
     found = [p for p in load_images(folder) if p.path.stem == photo.path.stem]
     if not found: raise BoothError(f"{folder} has no mask named {photo.path.stem}; give every photo one")
-    return found[0].image.convert('L')
+    return _grey(found[0].path)
 
 def load_masks(
     how,    # 'alpha', a folder of masks, or a list of pictures
@@ -165,7 +173,7 @@ def load_masks(
 ) -> list:  # of PIL pictures, grey, the size of the photos
     "The mask of every photo: white where it is learned."
     if isinstance(how, (str, Path)): masks = [_alpha(p) if how == 'alpha' else _mask_file(how, p) for p in photos]
-    else: masks = [p.image.convert('L') for p in load_images(how)]
+    else: masks = [_grey(x) for x in _sources(how)]
     if len(masks) != len(photos): raise BoothError(f"{len(masks)} masks for {len(photos)} photos; give one a photo")
     for p, m in zip(photos, masks):
         if m.size != p.size: raise BoothError(f"the mask of {p.name} is {m.width}×{m.height}, the photo {p.size[0]}×{p.size[1]}; they must be of one size")

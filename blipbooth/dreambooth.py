@@ -42,7 +42,7 @@ from .diffusion import add_noise, alpha_sigma, debiased_weight, logit_normal, mi
 from .layers import attend_narrowly, conv2d, gathered_conv2d_input, gathering_suits, winograd_conv2d, winograd_suits
 from .learner import Callback, Learner
 from .priors import load_priors
-from .sampling import fill, is_small, make_scheduler, suited_guidance, _check_prompts, _check_steps
+from .sampling import fill, is_small, make_scheduler, suited_guidance, _check_pipe, _check_prompts, _check_steps
 
 # %% ../nbs/13_dreambooth.ipynb #ec931f1c
 def _f(default, doc): return field(default=default, metadata=dict(doc=doc))
@@ -351,7 +351,7 @@ def load_concepts(
     "The concepts that a configuration names."
     for key, own, fine in (('prior.folder', 'prior_folder', ('',)), ('template', 'template', ('a {subject}',)), ('captions', 'captions', ('captioner', 'template'))):
         if cfg.concepts and _get(cfg, key) not in fine: raise BoothError(f"{key}={_get(cfg, key)} would not be heard, since the subjects are in concepts; write {own} into each of them")
-    one = ConceptConfig(cfg.photos, cfg.token, cfg.class_noun, masks=cfg.data.masks, prior_folder=cfg.prior.folder)
+    one = ConceptConfig(cfg.photos, cfg.token, cfg.class_noun, cfg.captions.replace('template', ''), template=cfg.template, masks=cfg.data.masks, prior_folder=cfg.prior.folder)
     out = []
     for c in cfg.concepts or [one]:
         if not c.photos or not c.class_noun: raise BoothError(f"the concept {c.token!r} has no {'photos' if not c.photos else 'class_noun'}; name {'a folder' if not c.photos else 'what it is, such as fox'}")
@@ -711,7 +711,7 @@ def make_schedule(
 # %% ../nbs/13_dreambooth.ipynb #546b399b
 def _try_out(cfg, device):
     "A step of the configured optimizer, and all of a schedule that may end, on a number that nobody needs."
-    p = torch.nn.Parameter(torch.ones(1, device=device or 'cpu'))
+    p = torch.nn.Parameter(torch.ones(1, 1, device=device or 'cpu'))  # two axes: some take matrices alone, as those of LoRA are
     opt = make_optimizer(cfg, [dict(params=[p], lr=cfg.lr or 1e-5)])
     sched, p.grad, done = make_schedule(cfg, opt), torch.ones_like(p), 0
     try:
@@ -721,6 +721,14 @@ def _try_out(cfg, device):
         which = f'step {done + 1} of {cfg.steps}' if done else 'a step'
         raise BoothError(f"optimizer={cfg.optimizer} with schedule={cfg.schedule} cannot take {which} ({str(e).partition(chr(10))[0]}); "
                          f"check optimizer_args={dict(cfg.optimizer_args)} and schedule_args={dict(cfg.schedule_args)}") from None
+
+def _keeps_still(cfg, device):
+    "Refuse an optimizer that changes what has no gradient, where the rows of a table but a few are to stay."
+    if not cfg.train.token or cfg.train.text_encoder == 'full': return
+    p = torch.nn.Parameter(torch.ones(2, 1, device=device or 'cpu'))
+    opt, p.grad = make_optimizer(cfg, [dict(params=[p], lr=.1, weight_decay=0.)]), torch.zeros_like(p)
+    opt.step()
+    if (p != 1).any(): raise BoothError(f"optimizer={cfg.optimizer} changes weights without a gradient, and with train.token the embeddings of all other words would fade; choose another, such as torch.optim.AdamW")
 
 def _next(x): return x + 1
 
@@ -736,6 +744,7 @@ def check_named(
     "Refuse an optimizer, a schedule, a tracker or a compiler that cannot be had, arguments they do not take, and numbers the device cannot train with."
     check_trackers(cfg.trackers)
     _try_out(cfg, device)
+    _keeps_still(cfg, device)
     if cfg.compile and device: _compile_out(device)
     if cfg.mixed_precision == 'fp16' and device and torch.device(device).type == 'cpu': raise BoothError("mixed_precision=fp16 needs a GPU; on a CPU use bf16 or no")
 
@@ -794,6 +803,7 @@ def check_run(
 ):
     "Refuse what cannot be trained, before any work: names, captions, photos, masks (which are read), timesteps, resolution, optimizer and schedule, prints on the way."
     cfg.check()
+    _check_pipe(pipe)
     resolution(cfg, pipe)
     check_named(dataclasses.replace(cfg, steps=cfg.steps or suited_steps(pipe)), pipe.device)
     check_photos(cfg, [p for c in concepts for p in c.photos])
@@ -935,7 +945,7 @@ def _shadow(pipe, cfg):
     "The parts of a pipeline on the meta device, opened as configured."
     with torch.device('meta'):
         twin = SimpleNamespace(unet=type(pipe.unet).from_config(pipe.unet.config), text_encoder=type(pipe.text_encoder)(pipe.text_encoder.config),
-                               vae=pipe.vae, tokenizer=pipe.tokenizer, vae_scale_factor=pipe.vae_scale_factor)
+                               vae=pipe.vae, tokenizer=pipe.tokenizer, vae_scale_factor=pipe.vae_scale_factor, device=pipe.device)
         net = choose_parts(twin, cfg)
     if cfg.gradient_checkpointing: _checkpointing(twin)
     for h in _halved(twin, cfg): h.drop()
@@ -945,11 +955,11 @@ def _shadow(pipe, cfg):
 _DOWN = {F.linear, F.conv2d, torch.mm, torch.bmm, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}
 
 class _Played(TorchFunctionMode):
-    "A GPU's autocast, played on the meta device."
-    def __init__(self, dtype): super().__init__(); self.dtype, self.kept = dtype, {}
+    "A device's autocast, played on the meta device: a GPU takes norms in float32, a CPU as they come."
+    def __init__(self, dtype, norms=torch.float32): super().__init__(); self.dtype, self.norms, self.kept = dtype, norms, {}
 
     def __torch_function__(self, f, types, args=(), kwargs=None):
-        to = self.dtype if f in _DOWN else torch.float32 if f in (F.group_norm, F.layer_norm) else None
+        to = self.dtype if f in _DOWN else self.norms if f in (F.group_norm, F.layer_norm) else None
         if to is None: return f(*args, **(kwargs or {}))
         return f(*(self.cast(x, to) for x in args), **{k: self.cast(x, to) for k, x in (kwargs or {}).items()})
 
@@ -963,7 +973,8 @@ class _Played(TorchFunctionMode):
 def _one_step(net, twin, cfg):
     "The peak of forward and backward, bytes; gradients are in it."
     n, side = cfg.batch_size*(1 + bool(cfg.prior.weight)), resolution(cfg, twin)//twin.vae_scale_factor
-    empty, alive, text, played = partial(torch.empty, device='meta'), _Alive(net), twin.text_encoder.config, _Played(_HALF.get(cfg.mixed_precision, torch.float32))
+    empty, alive, text, norms = partial(torch.empty, device='meta'), _Alive(net), twin.text_encoder.config, None if twin.device.type == 'cpu' else torch.float32
+    played = _Played(_HALF.get(cfg.mixed_precision, torch.float32), norms)
     with _fused_attention(), alive, played:
         noisy, t, ids = empty(n, net.unet.config.in_channels, side, side), empty(n, dtype=torch.long), empty(n, text.max_position_embeddings, dtype=torch.long)
         context = empty(n, text.max_position_embeddings, text.hidden_size) if data_options(cfg)['context'] else None
@@ -1024,6 +1035,13 @@ def _kept(cfg, shape):
     return sum(v.numel() for v in opt.state[p].values() if torch.is_tensor(v) and v.numel() > 1)/p.numel()
 
 # %% ../nbs/13_dreambooth.ipynb #6e5c02a0
+def _newest(kept):
+    "The newest whole checkpoint, or None; says which ones are passed over."
+    last = kept.last()
+    for f in kept.found():
+        if last and f > last: warnings.warn(f'{f.name} is damaged; {last.name} is taken')
+    return last
+
 def open_run(
     run,             # run folder
     checkpoint=None, # a checkpoint folder; None: `best` where it is chosen, else the newest whole one
@@ -1033,9 +1051,9 @@ def open_run(
     run = Path(run)
     if not (run/'config.yaml').is_file(): raise BoothError(f"{run} is no run folder: it has no config.yaml; give the folder a training run wrote")
     cfg = DreamBoothConfig.load(run/'config.yaml')
-    best = run/'checkpoints'/'best'
-    checkpoint = checkpoint or (best if best.exists() else Checkpoints(run/'checkpoints').last())
-    if checkpoint is not None and not Path(checkpoint).is_dir(): raise BoothError(f"there is no checkpoint {checkpoint}; there are {', '.join(f.name for f in Checkpoints(run/'checkpoints').found()) or 'none'}")
+    best, kept = run/'checkpoints'/'best', Checkpoints(run/'checkpoints')
+    if not checkpoint: checkpoint = best if best.exists() else _newest(kept)
+    if checkpoint is not None and not Path(checkpoint).is_dir(): raise BoothError(f"there is no checkpoint {checkpoint}; there are {', '.join(f.name for f in kept.found()) or 'none'}")
     if checkpoint is None: raise BoothError(f"{run} has no whole checkpoint yet; train it with: blipbooth train --resume {run}")
     pipe = load_pipeline(cfg.model or None)
     load_weights(choose_parts(pipe, cfg), checkpoint, average=True)

@@ -110,6 +110,7 @@ def original_state(
 ) -> dict: # {original name: tensor}
     "All weights of a pipeline under their original names."
     c, text = pipe.unet.config, pipe.text_encoder
+    if not isinstance(c.layers_per_block, int): raise BoothError(f"the original layout of Stable Diffusion 1 has no place for layers_per_block={list(c.layers_per_block)}; export a diffusers folder instead")
     odd = [f'unet {k}' for k in pipe.unet.state_dict() if unet_key(k, c) is None]
     if c.resnet_time_scale_shift != 'default': odd.insert(0, f'resnet_time_scale_shift={c.resnet_time_scale_shift}')
     if text.config.hidden_act != 'quick_gelu': odd.append(f'a text encoder with {text.config.hidden_act}, as in Stable Diffusion 2')
@@ -295,5 +296,5 @@ def push_to_hub(
         try:
             api.create_repo(repo, private=private, exist_ok=True)
             api.upload_folder(repo_id=repo, folder_path=str(Path(d)/'model'), commit_message=f'blipbooth: {format}')
-        except (OSError, ValueError) as e: raise BoothError(f"{repo} was not uploaded ({type(e).__name__}: {str(e).splitlines()[0][:120]}); log in with `hf auth login`, or check the name") from e
+        except Exception as e: raise BoothError(f"{repo} was not uploaded ({type(e).__name__}: {str(e).partition(chr(10))[0][:120]}); log in with `hf auth login`, or check the name") from e
     return f'https://huggingface.co/{repo}'

@@ -108,6 +108,7 @@ def _open(path):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', Image.DecompressionBombWarning)
             image = Image.open(path)
+            image.filename = ''  # or Pillow maps the file, and mixes up the pixels of a TIFF that EXIF turns
             if math.prod(image.size) > limit: raise Image.DecompressionBombError
             image.load()
     except Image.DecompressionBombError: raise BoothError(f"{path} has more than {limit:,} pixels; make it smaller") from None

@@ -56,6 +56,13 @@ def test_bad_input_is_one_line_and_leaves_nothing(make, tmp_path, here):
     assert sorted(tmp_path.rglob('*')) == before
 
 
+def test_what_the_estimate_refuses_leaves_nothing(tmp_path, here):
+    "Muon takes matrices alone, and all of a UNet has more than those: found out where memory is estimated, when the run folder is there."
+    res = here('train', f'photos={subject_photos("fox")}', 'class_noun=fox', 'optimizer=torch.optim.Muon', f'out={tmp_path/"run"}', cwd=tmp_path)
+    assert res.returncode == 2 and 'only supports 2D' in res.stderr
+    assert not (tmp_path/'run').exists()
+
+
 def test_an_output_that_cannot_be_written(tmp_path):
     (tmp_path/'file').write_text('')
     for args in (['train', f'photos={subject_photos("fox")}', 'class_noun=fox', f'out={tmp_path/"file"/"run"}'], ['demo', '--out', tmp_path/'file'/'run']):
