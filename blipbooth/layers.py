@@ -8,8 +8,10 @@ __all__ = ['winograd_matrices', 'winograd_conv2d', 'winograd_suits', 'gathered_c
            'quick']
 
 # %% ../nbs/06_layers.ipynb #f6194662
+import platform
 from contextlib import contextmanager
 from functools import lru_cache, partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -191,7 +193,7 @@ def attend(
     return _Attend.apply(q, k, v)
 
 class NarrowHeads(AttnProcessor2_0):
-    "diffusers' attention; by `attend` on a CPU where heads are at most 32 wide and the weights of a picture are few enough for the cache."
+    "diffusers' attention; by `attend` on a CPU, but for Intel's, where heads are at most 32 wide and the weights of a picture are few enough for the cache."
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, **kwargs):
         x, context = hidden_states, hidden_states if encoder_hidden_states is None else encoder_hidden_states
         if kwargs or attention_mask is not None or not _narrow(attn, x, context): return super().__call__(attn, x, encoder_hidden_states, attention_mask, temb, **kwargs)
@@ -199,10 +201,15 @@ class NarrowHeads(AttnProcessor2_0):
         return attn.to_out[1](attn.to_out[0](attend(q, k, v)))
 
 def _narrow(attn, x, context):
-    if torch.is_autocast_enabled('cpu') or torch.compiler.is_compiling(): return False
+    if torch.is_autocast_enabled('cpu') or torch.compiler.is_compiling() or _intel(): return False
     if not x.dtype == context.dtype == torch.float32 or x.device.type != 'cpu' or x.ndim != 3 or not _plain(attn): return False
     looks = attn.heads*x.shape[1]*context.shape[1]
     return attn.inner_dim <= 32*attn.heads and looks <= 1<<20 and (looks > 1<<15 or not torch.is_grad_enabled()) # backward of few is quicker all at once
+
+@lru_cache
+def _intel():
+    about = Path('/proc/cpuinfo')
+    return 'GenuineIntel' in (about.read_text() if about.exists() else platform.processor())
 
 def _plain(attn): # projections, attention, projection, and nothing else
     extra = (attn.spatial_norm, attn.group_norm, attn.norm_q, attn.norm_k, getattr(attn, 'norm_cross', None))
