@@ -18,7 +18,7 @@ from .concept import Concept, check_name, read_captions
 from .core import BoothError, Settings, atomic_write, load_json, out_dir, read_jsonl, resolve_model, save_json
 from .dreambooth import DreamBoothConfig, build_learner, check_photos, check_run, estimate, load_concepts, open_run, suited_priors, suited_steps
 from .evaluation import Report, measure, prompt_fidelity, recipe, subject_fidelity
-from .images import contact_sheet, load_images, _suffixes
+from .images import contact_sheet, load_image, load_images, _suffixes
 from .learner import Callback
 from .matching import Matcher
 from .priors import article, class_prompts, load_priors, make_priors as draw_priors
@@ -128,15 +128,20 @@ class _Accepted(Callback):
         self.booth.waiting.clear()
 
 # %% ../nbs/20_booth.ipynb #e4476453
+def _in_file(photo):
+    "Does the file of a photo hold its pixels, under a name that a folder is read by?"
+    with suppress(BoothError): return bool(photo.path) and photo.path.suffix.lower() in _suffixes and load_image(photo.path) == photo
+    return False
+
 def _save_photos(photos, folder):
-    "Photos in their order: files as they are, with alpha and the text beside them; pictures as PNG."
-    folder, names = out_dir(folder), [p.path.name if p.path else '' for p in photos]
-    in_order = names == sorted({*names} - {''})
+    "Photos in their order: files as they are, with alpha; pictures, and what was changed since, as PNG; the text beside them with them."
+    folder, names, whole = out_dir(folder), [p.path.name if p.path else '' for p in photos], [_in_file(p) for p in photos]
+    in_order, digits = all(whole) and names == sorted({*names}), max(2, len(str(len(photos) - 1)))
     for i, p in enumerate(photos):
-        if p.path is None or not p.path.exists() or p.path.suffix.lower() not in _suffixes: p.image.save(folder/f'{i:02d}.png'); continue
-        new = folder/(p.path.name if in_order else f'{i:02d}{p.path.suffix}')
-        atomic_write(new, p.path.read_bytes())
-        for text in p.path.with_suffix('.txt'), p.path.with_suffix('.caption'):
+        new = folder/(p.path.name if in_order else f"{i:0{digits}d}{p.path.suffix if whole[i] else '.png'}")
+        if whole[i]: atomic_write(new, p.path.read_bytes())
+        else: p.image.save(new)
+        for text in (p.path.with_suffix('.txt'), p.path.with_suffix('.caption')) if p.path else ():
             if text.is_file(): atomic_write(new.with_suffix(text.suffix), text.read_bytes())
 
 @contextmanager
