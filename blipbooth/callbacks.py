@@ -275,7 +275,7 @@ class Checkpoints(Callback):
         keep=3,      # how many are kept
         info=None,   # dict that must not change between a run and its resumption
         resume=False,# go on from the newest whole checkpoint
-        anyway=False,# resume even if `info` has changed
+        anyway=False,# resume even if `info` has changed; None: never, and nobody is told that they could
         minutes=0,   # also save when so many minutes have passed since the last one; 0: never
     ):
         self.folder, self.every, self.keep, self.info, self.resume, self.anyway, self.minutes = Path(folder), every, keep, info or {}, resume, anyway, minutes
@@ -334,7 +334,7 @@ def restore(self:Checkpoints):
         if f > last: print(f'{f.name} is damaged; going on from {last.name}')
     old, new = load_json(last/'state.json')['info'], json.loads(json.dumps(self.info))
     differ = [_changed(k, old.get(k), new.get(k)) for k in {**old, **new} if old.get(k) != new.get(k)]
-    if differ and not self.anyway: raise BoothError(f"{last} belongs to another run ({'; '.join(differ)}); give this one a folder of its own, or resume all the same with anyway=True")
+    if differ and not self.anyway: raise BoothError(f"{last} belongs to another run ({'; '.join(differ)}); give this one a folder of its own{', or resume all the same with anyway=True'*(self.anyway is not None)}")
     if (at := load_json(last/'state.json')['step']) > self.learn.steps: raise BoothError(f"{last} is {at} steps in, and steps={self.learn.steps} lies behind it; say steps={at} or more, or choose another folder")
     load_checkpoint(self.learn, last, anew=bool(differ))
 
