@@ -9,6 +9,7 @@ __all__ = ['check_readers', 'Booth', 'demo']
 import dataclasses, json, os, time, warnings
 from contextlib import contextmanager, suppress
 from functools import cached_property, partial
+from numbers import Integral
 from pathlib import Path
 from fastcore.basics import listify, patch
 from fastcore.foundation import L
@@ -328,6 +329,7 @@ def prints_of(self:Booth,
     n_class:int=64,# class images; PRES of 16 wavers by 0.014, of 64 by half of that
 ):                # (prints of the name in `places()`, class images)
     "What evaluation looks at, for one model."
+    if not isinstance(n_class, Integral) or n_class < 2: raise BoothError(f"n_class={n_class!r}; DIV compares class images with each other: draw 2 or more, 64 is usual")
     prompts = [f'{article(name)} {p}' for p in self.places()]
     kw = dict(steps=steps, guidance=self.guidance(pipe) if guidance is None else guidance)
     return sample(pipe, prompts, seed=[seed + i for i in range(len(prompts))], **kw), sample(pipe, article(self.cfg.class_noun), n_class, seed=seed, **kw)
