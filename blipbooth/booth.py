@@ -9,6 +9,7 @@ __all__ = ['check_readers', 'Booth', 'demo']
 import dataclasses, json, os, time, warnings
 from contextlib import contextmanager, suppress
 from functools import cached_property, partial
+from numbers import Integral
 from pathlib import Path
 from fastcore.basics import listify, patch
 from fastcore.foundation import L
@@ -18,7 +19,7 @@ from .concept import Concept, check_name, read_captions
 from .core import BoothError, Settings, atomic_write, load_json, out_dir, read_jsonl, resolve_model, save_json
 from .dreambooth import DreamBoothConfig, build_learner, check_photos, check_run, estimate, load_concepts, open_run, suited_priors, suited_steps
 from .evaluation import Report, measure, prompt_fidelity, recipe, subject_fidelity
-from .images import contact_sheet, load_images, _suffixes
+from .images import contact_sheet, load_image, load_images, _suffixes
 from .learner import Callback
 from .matching import Matcher
 from .priors import article, class_prompts, load_priors, make_priors as draw_priors
@@ -129,20 +130,24 @@ class _Accepted(Callback):
         self.booth.waiting.clear()
 
 # %% ../nbs/20_booth.ipynb #e4476453
+def _in_file(photo):
+    "Does the file of a photo hold its pixels, under a name that a folder is read by?"
+    with suppress(BoothError): return bool(photo.path) and photo.path.suffix.lower() in _suffixes and load_image(photo.path) == photo
+    return False
+
 def _kept_names(photos):
-    "What the files of photos are called in a run folder, so that their order stays; pictures become PNG."
-    names, wide = [p.path.name if p.path else '' for p in photos], max(2, len(str(len(photos) - 1)))
-    in_order, numbered = names == sorted({*names} - {''}), [f'{i:0{wide}d}' for i in range(len(photos))]
-    as_file = lambda p: p.path is not None and p.path.exists() and p.path.suffix.lower() in _suffixes
-    return [f'{k}.png' if not as_file(p) else p.path.name if in_order else k + p.path.suffix for k, p in zip(numbered, photos)]
+    "What the files of photos are called in a run folder, so that their order stays; pictures, and what was changed since, become PNG."
+    names, whole, digits = [p.path.name if p.path else '' for p in photos], [_in_file(p) for p in photos], max(2, len(str(len(photos) - 1)))
+    if all(whole) and names == sorted({*names}): return names
+    return [f"{i:0{digits}d}{p.path.suffix if ok else '.png'}" for i, (p, ok) in enumerate(zip(photos, whole))]
 
 def _save_photos(photos, folder):
-    "Photos in their order: files as they are, with alpha and the text beside them; pictures as PNG."
+    "Photos in their order: files as they are, with alpha; others as PNG; the text beside them with them."
     folder = out_dir(folder)
     for p, new in zip(photos, (folder/k for k in _kept_names(photos))):
-        if p.path is None or not p.path.exists() or p.path.suffix.lower() not in _suffixes: p.image.save(new); continue
-        atomic_write(new, p.path.read_bytes())
-        for text in p.path.with_suffix('.txt'), p.path.with_suffix('.caption'):
+        if _in_file(p): atomic_write(new, p.path.read_bytes())
+        else: p.image.save(new)
+        for text in (p.path.with_suffix('.txt'), p.path.with_suffix('.caption')) if p.path else ():
             if text.is_file(): atomic_write(new.with_suffix(text.suffix), text.read_bytes())
 
 def _save_masks(masks, names, folder):
@@ -338,6 +343,7 @@ def prints_of(self:Booth,
     n_class:int=64,# class images; PRES of 16 wavers by 0.014, of 64 by half of that
 ):                # (prints of the name in `places()`, class images)
     "What evaluation looks at, for one model."
+    if not isinstance(n_class, Integral) or n_class < 2: raise BoothError(f"n_class={n_class!r}; DIV compares class images with each other: draw 2 or more, 64 is usual")
     prompts = [f'{article(name)} {p}' for p in self.places()]
     kw = dict(steps=steps, guidance=self.guidance(pipe) if guidance is None else guidance)
     return sample(pipe, prompts, seed=[seed + i for i in range(len(prompts))], **kw), sample(pipe, article(self.cfg.class_noun), n_class, seed=seed, **kw)

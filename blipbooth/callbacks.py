@@ -275,7 +275,7 @@ class Checkpoints(Callback):
         keep=3,      # how many are kept
         info=None,   # dict that must not change between a run and its resumption
         resume=False,# go on from the newest whole checkpoint
-        anyway=False,# resume even if `info` has changed
+        anyway=False,# resume even if `info` has changed; None: never, and nobody is told that they could
         minutes=0,   # also save when so many minutes have passed since the last one; 0: never
     ):
         self.folder, self.every, self.keep, self.info, self.resume, self.anyway, self.minutes = Path(folder), every, keep, info or {}, resume, anyway, minutes
@@ -316,6 +316,13 @@ def cleanup(self:Checkpoints):
     self.held = None
 
 # %% ../nbs/12_callbacks.ipynb #996e8e39
+def _changed(name, was, now):
+    "What is no longer the same, in few words: of two lists of one length, the first place where they differ."
+    if not (isinstance(was, list) and isinstance(now, list)): return f'{name}: {was!r} was, {now!r} is'
+    if len(was) != len(now): return f'{name}: {len(was)} were, {len(now)} are'
+    at = [i for i, (a, b) in enumerate(zip(was, now)) if a != b]
+    return _changed(f'{name}[{at[0]}]', was[at[0]], now[at[0]]) + f' (and {len(at) - 1} more)'*(len(at) > 1)
+
 @patch
 def restore(self:Checkpoints):
     self.lock()
@@ -326,8 +333,8 @@ def restore(self:Checkpoints):
     for f in found:
         if f > last: print(f'{f.name} is damaged; going on from {last.name}')
     old, new = load_json(last/'state.json')['info'], json.loads(json.dumps(self.info))
-    differ = [f'{k}: {old.get(k)!r} was, {new.get(k)!r} is' for k in {**old, **new} if old.get(k) != new.get(k)]
-    if differ and not self.anyway: raise BoothError(f"{last} belongs to another run ({'; '.join(differ)}); give this one a folder of its own, or resume all the same with anyway=True")
+    differ = [_changed(k, old.get(k), new.get(k)) for k in {**old, **new} if old.get(k) != new.get(k)]
+    if differ and not self.anyway: raise BoothError(f"{last} belongs to another run ({'; '.join(differ)}); give this one a folder of its own{', or resume all the same with anyway=True'*(self.anyway is not None)}")
     if (at := load_json(last/'state.json')['step']) > self.learn.steps: raise BoothError(f"{last} is {at} steps in, and steps={self.learn.steps} lies behind it; say steps={at} or more, or choose another folder")
     load_checkpoint(self.learn, last, anew=bool(differ))
 

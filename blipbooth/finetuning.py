@@ -358,7 +358,7 @@ def caption_learner(
     sched = torch.optim.lr_scheduler.LambdaLR(opt, lambda s: min(1., (s + 1)/max(1, cfg.warmup)))
     made_with = {k: v for k, v in asdict(cfg).items() if k not in ('steps', 'checkpoint_every', 'checkpoint_keep')} | (info or {})
     log = out/'logs'/'loss.jsonl' if out else None
-    keep = [LossLog(log), Checkpoints(out/'checkpoints', cfg.checkpoint_every, cfg.checkpoint_keep, made_with, resume)] if out else []
+    keep = [LossLog(log), Checkpoints(out/'checkpoints', cfg.checkpoint_every, cfg.checkpoint_keep, made_with, resume, None)] if out else []
     cbs = [NaNGuard(), Progress('fine-tuning'), Interrupts(), Curve(log), *keep, *cbs]
     return Learner(net, data, CaptionLoss(cfg.smoothing), opt, cfg.steps, sched, cbs, accelerator, cfg.batch_size, cfg.accumulate, cfg.clip)
 
