@@ -155,6 +155,7 @@ def _save_masks(masks, names, folder):
     folder = out_dir(folder)
     for m, k in zip(masks, names): m.save((folder/k).with_suffix('.png'))
 
+# %% ../nbs/20_booth.ipynb #781a08ea
 @contextmanager
 def _stage(booth, name):
     "Time a stage, and keep the run's configuration beside its results."
