@@ -7,7 +7,7 @@ __all__ = ['Priors', 'article', 'place', 'class_prompts', 'decide', 'load_priors
            'prior_prediction']
 
 # %% ../nbs/09_priors.ipynb #eb64ba7b
-import base64, itertools, json, math, os, re, time
+import base64, itertools, json, math, os, re, time, warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,9 +193,14 @@ def _checked(folder, records):
     return Priors(folder, records)
 
 # %% ../nbs/09_priors.ipynb #3d302466
+def _check_drawn_for(noun, settings, folder):
+    was = settings.get('class_noun') if isinstance(settings, dict) else None
+    if noun and was and str(noun).strip().lower() != was.lower():
+        warnings.warn(f"the class images in {folder} were drawn for {was!r}, and the class noun is {noun!r}; choose another folder if they are not what it means")
+
 def load_priors(
     folder,              # folder of class images, with a manifest or without
-    class_noun:str=None, # for a folder without a manifest: what its pictures show
+    class_noun:str=None, # what the pictures show; warns where they were drawn for another
     matcher=None,        # for a folder without a manifest: turns away pictures that do not show the class
     threshold:float=.5,  # least ITM probability, 0 to 1
     dedupe:float=.995,   # cosine from which two pictures count as one; None keeps both
@@ -204,8 +209,9 @@ def load_priors(
     _check_choice(threshold, dedupe)
     folder = Path(_path('folder', folder)).expanduser()
     if not folder.is_dir(): raise BoothError(f"there is no folder of class images {folder}; check the path")
-    records = _manifest(folder)
-    if not records and (folder/'settings.json').exists(): raise BoothError(f"the class images in {folder} are not finished; make them again with the same settings, and they go on")
+    records, made = _manifest(folder), folder/'settings.json'
+    if not records and made.exists(): raise BoothError(f"the class images in {folder} are not finished; make them again with the same settings, and they go on")
+    if records and made.exists(): _check_drawn_for(class_noun, load_json(made), folder)
     return _checked(folder, records or _adopted(folder, class_noun, matcher, threshold, dedupe))
 
 # %% ../nbs/09_priors.ipynb #1f4c1086
