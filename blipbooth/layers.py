@@ -132,7 +132,7 @@ def gathering_suits(
 
 def _channels_a_pixel(x, weight, stride): # of the output, near enough; 0 where weights stay in the cache anyway
     if x.device.type != 'cpu' or weight.numel() < 1<<22: return 0
-    return min(weight.shape[:2])/(len(x)*(x.shape[2]//stride[0])*(x.shape[3]//stride[1]))
+    return min(weight.shape[:2])/(len(x)*-(-x.shape[2]//stride[0])*-(-x.shape[3]//stride[1]))
 
 # %% ../nbs/06_layers.ipynb #c0a2912a
 def conv2d(x, weight, bias, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1):
