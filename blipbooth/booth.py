@@ -135,36 +135,40 @@ def _in_file(photo):
     with suppress(BoothError): return bool(photo.path) and photo.path.suffix.lower() in _suffixes and load_image(photo.path) == photo
     return False
 
-def _kept_names(photos):
-    "What the files of photos are called in a run folder, so that their order stays; pictures, and what was changed since, become PNG."
-    names, whole, digits = [p.path.name if p.path else '' for p in photos], [_in_file(p) for p in photos], max(2, len(str(len(photos) - 1)))
-    if all(whole) and names == sorted({*names}): return names
-    return [f"{i:0{digits}d}{p.path.suffix if ok else '.png'}" for i, (p, ok) in enumerate(zip(photos, whole))]
+def _kept_files(photos):
+    "What each photo's file is called in a run folder, so that their order stays, and whether it is a copy; pictures, and what was changed since, become PNG."
+    names, copied, digits = [p.path.name if p.path else '' for p in photos], [_in_file(p) for p in photos], max(2, len(str(len(photos) - 1)))
+    if not all(copied) or names != sorted({*names}): names = [f"{i:0{digits}d}{p.path.suffix if ok else '.png'}" for i, (p, ok) in enumerate(zip(photos, copied))]
+    return list(zip(names, copied))
 
-def _save_photos(photos, folder):
-    "Photos in their order: files as they are, with alpha; others as PNG; the text beside them with them."
+def _save_photos(photos, files, folder):
+    "Photos in their `_kept_files`, with the text beside them."
     folder = out_dir(folder)
-    for p, new in zip(photos, (folder/k for k in _kept_names(photos))):
-        if _in_file(p): atomic_write(new, p.path.read_bytes())
-        else: p.image.save(new)
+    for p, (name, copied) in zip(photos, files):
+        if copied: atomic_write(folder/name, p.path.read_bytes())
+        else: p.image.save(folder/name)
         for text in (p.path.with_suffix('.txt'), p.path.with_suffix('.caption')) if p.path else ():
-            if text.is_file(): atomic_write(new.with_suffix(text.suffix), text.read_bytes())
+            if text.is_file(): atomic_write((folder/name).with_suffix(text.suffix), text.read_bytes())
 
-def _save_masks(masks, names, folder):
+def _save_masks(masks, files, folder):
     "Masks under the names of the photos they belong to."
     folder = out_dir(folder)
-    for m, k in zip(masks, names): m.save((folder/k).with_suffix('.png'))
+    for m, (name, _) in zip(masks, files): m.save((folder/name).with_suffix('.png'))
+
+def _keep_photos(booth):
+    "A run keeps photos that did not come from one folder, and their masks, so that a terminal can go on with it."
+    files = _kept_files(booth.photos)
+    booth.cfg.photos = str(booth.out/'photos')
+    booth.keep('photos', partial(_save_photos, booth.photos, files))
+    if booth.cfg.data.masks in ('', 'alpha'): return
+    booth.cfg.data = dataclasses.replace(booth.cfg.data, masks=str(booth.out/'masks'))  # found by the photos' names, which are others there
+    booth.keep('masks', partial(_save_masks, booth.masks, files))
 
 # %% ../nbs/20_booth.ipynb #781a08ea
 @contextmanager
 def _stage(booth, name):
     "Time a stage, and keep the run's configuration beside its results."
-    if not booth.cfg.photos:
-        booth.cfg.photos = str(booth.out/'photos')
-        booth.keep('photos', partial(_save_photos, booth.photos))
-        if booth.cfg.data.masks not in ('', 'alpha'):  # found by the photos' names, which are others there
-            booth.cfg.data = dataclasses.replace(booth.cfg.data, masks=str(booth.out/'masks'))
-            booth.keep('masks', partial(_save_masks, booth.masks, _kept_names(booth.photos)))
+    if not booth.cfg.photos: _keep_photos(booth)
     booth.keep('config.yaml', booth.cfg.save)
     booth.keep('photos.json', lambda f: save_json(f, [dict(name=p.name, path=p.path, hash=p.hash, size=p.size) for p in booth.photos]))
     start = time.perf_counter()

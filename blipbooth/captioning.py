@@ -481,7 +481,7 @@ def text_ids(self:Blip,
     start:int, # id that goes in front
 )->list: # of lists of ids
     "Sentences as ids, with start and end token."
-    texts = [o.text if isinstance(o, Caption) else o for o in listify(texts)]
+    texts = [o.text if isinstance(o, Caption) else o for o in listify(texts.tolist() if hasattr(texts, 'tolist') else texts)]
     if not texts: raise BoothError("0 texts; give at least one")
     limit = self.text_config.max_position_embeddings
     for t in texts:

@@ -34,7 +34,7 @@ from omegaconf.errors import OmegaConfBaseException
 from peft.tuners.lora import Linear as LoraLinear
 from safetensors.torch import load_file, save_file
 from yaml import YAMLError
-from .callbacks import EMA, Checkpoints, Halved, Interrupts, LetGo, LossLog, NaNGuard, Prints, Progress, Track, check_trackers, load_weights
+from .callbacks import EMA, Checkpoints, Halved, Interrupts, LetGo, LossLog, NaNGuard, Prints, Progress, Track, check_trackers, checkpoint_step, load_weights
 from .decoding import quiet_transformers
 from .concept import Concept, DataOptions, check_name, check_weights, fitted_masks, load_masks, training_set, training_views
 from .core import BoothError, atomic_dir, atomic_write, file_hash, nearest, stateless_seed
@@ -1039,7 +1039,7 @@ def _newest(kept):
     "The newest whole checkpoint, or None; says which ones are passed over."
     last = kept.last()
     for f in kept.found():
-        if last and f > last: warnings.warn(f'{f.name} is damaged; {last.name} is taken')
+        if last and checkpoint_step(f) > checkpoint_step(last): warnings.warn(f'{f.name} is damaged; {last.name} is taken')
     return last
 
 def open_run(
