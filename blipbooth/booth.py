@@ -17,7 +17,7 @@ from .callbacks import Best, Checkpoints, track_report
 from .captioning import Caption, Captioner
 from .concept import Concept, check_name, read_captions
 from .core import BoothError, Settings, atomic_write, load_json, out_dir, read_jsonl, resolve_model, save_json
-from .dreambooth import DreamBoothConfig, build_learner, check_photos, check_run, estimate, load_concepts, open_run, suited_priors, suited_steps
+from .dreambooth import DreamBoothConfig, build_learner, check_photos, check_run, estimate, load_concepts, made_with, open_run, suited_priors, suited_steps
 from .evaluation import Report, measure, prompt_fidelity, recipe, subject_fidelity
 from .images import contact_sheet, load_image, load_images, _suffixes
 from .learner import Callback
@@ -70,7 +70,7 @@ class Booth:
         c.steps, c.prior = c.steps or suited_steps(self.pipe), suited_priors(c.prior, self.pipe)
         with warnings.catch_warnings():
             warnings.filterwarnings('ignore', 'one photo')  # has been said
-            check_run(c, self.pipe, looked_at := self.concepts(lambda photos, prompt: [prompt]*len(photos)))
+            check_run(c, self.pipe, looked_at := self.concepts(_no_captions))
         self.masks = looked_at[0].masks
         c.out = str(out or c.out or Path('runs')/c.class_noun.replace(' ', '-'))
         self.made = [o for o in (Path(c.out).expanduser(), *Path(c.out).expanduser().parents) if not o.exists()]
@@ -91,6 +91,8 @@ class Booth:
     def __repr__(self): return f'Booth({self.subject!r}, {len(self.photos)} photos, {self.out.name}/)'
 
 # %% ../nbs/20_booth.ipynb #aff2c529
+def _no_captions(photos, prompt): return [prompt]*len(photos) # where only the photos are looked at
+
 def _caption_source(cfg, captioner): return dict(captioner=captioner, sidecars='sidecars', template=None)[cfg.captions]
 
 @patch(as_prop=True)
@@ -267,8 +269,10 @@ def train(self:Booth,
 ):
     "Learn the subject; the trained pipeline is `self.model`."
     from accelerate import PartialState
-    self.accepted, found = False, Checkpoints(self.out/'checkpoints').last()
+    kept = Checkpoints(self.out/'checkpoints', anyway=anyway)
+    self.accepted, found = False, kept.last()
     if found and not resume: raise BoothError(f"{self.out} holds a trained run already ({found.name}); resume it or choose another out=")
+    if found: kept.same_as(found, made_with(self.cfg, self.concepts(_no_captions)), but=('captions', 'priors', 'masks'))  # before those are made
     with PartialState(cpu=self.device == 'cpu').main_process_first():
         concepts = self.learned()
         if not ('estimate.json' in self.waiting or (self.out/'estimate.json').exists()): self.estimate()

@@ -326,6 +326,18 @@ def _changed(name, was, now):
     return _changed(f'{name}[{at[0]}]', was[at[0]], now[at[0]]) + f' (and {len(at) - 1} more)'*(len(at) > 1)
 
 @patch
+def same_as(self:Checkpoints,
+    folder, # a checkpoint
+    info,   # dict that must not change
+    but=(), # keys of it that are not known yet
+): # list of texts, one for each change
+    "What has changed since a checkpoint, refused unless told otherwise."
+    old, new = load_json(folder/'state.json')['info'], json.loads(json.dumps(info))
+    differ = [_changed(k, old.get(k), new.get(k)) for k in {**old, **new} if k not in but and old.get(k) != new.get(k)]
+    if differ and not self.anyway: raise BoothError(f"{folder} belongs to another run ({'; '.join(differ)}); give this one a folder of its own{', or resume all the same with anyway=True'*(self.anyway is not None)}")
+    return differ
+
+@patch
 def restore(self:Checkpoints):
     self.lock()
     found, last = self.found(), self.last()
@@ -333,9 +345,7 @@ def restore(self:Checkpoints):
     if found and last is None: raise BoothError(f"no checkpoint in {self.folder} is whole ({', '.join(f.name for f in found)}); remove that folder to begin again, or choose another out=")
     if last is None: return
     for f in found[found.index(last) + 1:]: print(f'{f.name} is damaged; going on from {last.name}')
-    old, new = load_json(last/'state.json')['info'], json.loads(json.dumps(self.info))
-    differ = [_changed(k, old.get(k), new.get(k)) for k in {**old, **new} if old.get(k) != new.get(k)]
-    if differ and not self.anyway: raise BoothError(f"{last} belongs to another run ({'; '.join(differ)}); give this one a folder of its own{', or resume all the same with anyway=True'*(self.anyway is not None)}")
+    differ = self.same_as(last, self.info)
     if (at := load_json(last/'state.json')['step']) > self.learn.steps: raise BoothError(f"{last} is {at} steps in, and steps={self.learn.steps} lies behind it; say steps={at} or more, or choose another folder")
     load_checkpoint(self.learn, last, anew=bool(differ))
 
