@@ -16,7 +16,7 @@ from fastcore.foundation import L
 from .callbacks import Best, Checkpoints, track_report
 from .captioning import Caption, Captioner
 from .concept import Concept, check_name, read_captions
-from .core import BoothError, Settings, atomic_write, load_json, out_dir, read_jsonl, resolve_model, save_json
+from .core import BoothError, Settings, atomic_write, out_dir, read_jsonl, resolve_model, save_json
 from .dreambooth import DreamBoothConfig, build_learner, check_photos, check_run, estimate, load_concepts, made_with, open_run, suited_priors, suited_steps
 from .evaluation import Report, measure, prompt_fidelity, recipe, subject_fidelity
 from .images import contact_sheet, load_image, load_images, _suffixes
@@ -85,7 +85,7 @@ class Booth:
     @cached_property
     def model(self): # what the run has learned: the best checkpoint, or the last; averaged, if it keeps an average
         pipe, c = open_run(self.out)
-        learned = [f'{o.token} {o.class_noun}' for o in c.concepts or [c]]
+        learned = [f'{o.token} {o.class_noun}' for o in c.subjects]
         if c.class_noun and self.subject not in learned: raise BoothError(f"{self.out} has learned {learned[0]!r}, not {self.subject!r}; open it with that token and class noun, or choose another out=")
         return pipe.to(self.device)
     def __repr__(self): return f'Booth({self.subject!r}, {len(self.photos)} photos, {self.out.name}/)'

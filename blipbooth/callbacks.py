@@ -20,7 +20,7 @@ import torch
 from fastcore.basics import patch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from .core import BoothError, _jsonable, append_jsonl, atomic_dir, atomic_write, file_hash, load_json, nearest, progress, read_jsonl, save_json
+from .core import BoothError, _check_name, _jsonable, append_jsonl, atomic_dir, atomic_write, file_hash, load_json, progress, read_jsonl, save_json
 from .learner import Callback, CancelFit
 from .sampling import sample, _shared_name
 
@@ -169,7 +169,7 @@ def _state(
     groups = [{k: _pack(v, more, f'groups/{i}/{k}') for k, v in g.items() if k != 'params' and not callable(v)} for i, g in enumerate(inner.param_groups)]
     counts = {names[p]: {k: _pack(v, more, f'counts/{names[p]}/{k}') for k, v in s.items() if not (torch.is_tensor(v) or callable(v))} for p, s in inner.state.items()}
     state = dict(step=learn.step, trained=sorted(_trainable(learn.model)), sched=_pack(sched, more, 'sched'), scaler=scaler.state_dict() if scaler else None,
-                 lr=[g['lr'] for g in inner.param_groups], groups=groups, counts=counts, optimizer=type(inner).__name__, info=info or {}, versions=_versions())
+                 groups=groups, counts=counts, optimizer=type(inner).__name__, info=info or {}, versions=_versions())
     return json.loads(json.dumps(state, default=_jsonable)), more
 
 def save_checkpoint(
@@ -199,7 +199,7 @@ def whole(
     "Whether every file of a checkpoint is there and unaltered."
     try: sums = (state := load_json(Path(folder)/'state.json'))['sums'].items()
     except (BoothError, OSError, ValueError, KeyError, TypeError, AttributeError): return False
-    if state.get('sum', _sum(state)) != _sum(state): return False  # older ones have none
+    if state.get('sum') != _sum(state): return False
     return all((Path(folder)/n).exists() and file_hash(Path(folder)/n) == h for n, h in sums)
 
 @torch.no_grad()
@@ -222,12 +222,12 @@ def load_weights(
 # %% ../nbs/12_callbacks.ipynb #567e2681
 def _load_moments(learn, state, tensors, more):
     inner, own = _bare(learn.opt), _named(learn.model)
-    if state.get('optimizer', type(inner).__name__) != type(inner).__name__: return  # another one's moments mean something else
+    if state['optimizer'] != type(inner).__name__: return  # another one's moments mean something else
     counts_there = any(g.get('fused') or g.get('capturable') for g in inner.param_groups)  # such an optimizer counts its steps where the weights are
     for key, v in tensors.items():
         k, _, n = key.partition('/')
         inner.state[own[n]][k] = v if k == 'step' and not counts_there else v.to(own[n].device)
-    for n, s in state.get('counts', {}).items(): inner.state[own[n]].update({k: _unpack(v, more) for k, v in s.items()})
+    for n, s in state['counts'].items(): inner.state[own[n]].update({k: _unpack(v, more) for k, v in s.items()})
 
 _rates = {'initial_lr', 'max_lr', 'min_lr', 'max_momentum', 'base_momentum'}
 
@@ -235,14 +235,14 @@ def _load_rates(learn, state, more, anew):
     "Settings of the optimizer and its schedule, as saved; or, anew, as they would be at this step had it always trained like that."
     inner, sched = _bare(learn.opt), learn.sched
     said = _rates | inspect.signature(type(inner)).parameters.keys() if anew else set()
-    groups = state.get('groups') or [dict(lr=lr) for lr in state['lr']]
     if anew and sched:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # of steps of a schedule without steps of its optimizer
             for _ in range(state['step']): sched.step()
-    elif sched: sched.load_state_dict(_unpack(state['sched'], more) if 'groups' in state else state['sched'])
+    elif sched: sched.load_state_dict(_unpack(state['sched'], more))
     for i, g in enumerate(inner.param_groups):
-        g.update({k: _unpack(v, more) for k, v in groups[min(i, len(groups) - 1)].items() if k not in said})
+        saved = state['groups'][min(i, len(state['groups']) - 1)]  # of another number, where rates have changed
+        g.update({k: _unpack(v, more) for k, v in saved.items() if k not in said})
 
 # %% ../nbs/12_callbacks.ipynb #3b22ef35
 def load_checkpoint(
@@ -589,7 +589,7 @@ def check_trackers(
     "Refuse a tracker that is not installed."
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
     for n in names:
-        if n not in LOGGER_TYPE_TO_CLASS: raise BoothError(f"no tracker {n!r}; " + (f"did you mean {nearest(n, LOGGER_TYPE_TO_CLASS)!r}?" if nearest(n, LOGGER_TYPE_TO_CLASS) else f"the trackers are {', '.join(LOGGER_TYPE_TO_CLASS)}"))
+        _check_name('tracker', n, LOGGER_TYPE_TO_CLASS)
         if n not in map(str, get_available_trackers()): raise BoothError(f"the tracker {n} is not installed; pip install {n}")
 
 # %% ../nbs/12_callbacks.ipynb #227e8907

@@ -29,7 +29,7 @@ from fastcore.basics import chunked, listify, patch, store_attr
 from fastcore.foundation import L
 from PIL import Image
 from filelock import FileLock, Timeout
-from transformers import (BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipProcessor, GenerationConfig, GenerationMixin,
+from transformers import (BlipForConditionalGeneration, BlipProcessor, GenerationConfig, GenerationMixin,
     StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer)
 
 from .core import (BoothError, Settings, atomic_dir, for_writing, load_json, nearest, out_dir, progress, resolve_model, save_json,
@@ -423,7 +423,6 @@ def decoding_config(
     if (o := _alone(config, rest)) and config.num_beams > 1: raise BoothError(f"num_beams={config.num_beams} with {o}; it works with num_beams=1")
     with quiet_transformers():
         try:
-            config.update(**options)
             config.validate(strict=True)
         except (ValueError, TypeError) as e:
             lines = [o.strip('- ') for o in str(e).splitlines() if o.strip()]
@@ -1022,11 +1021,12 @@ def __repr__(self:FolderCaptions):
 # %% ../nbs/03_captioning.ipynb #dbe2eb30
 @patch
 def folder_settings(self:Captioner, folder, log, prompt, fit, config, rest):
-    "All that decides the captions of a folder, ready for JSON."
+    "All that decides the captions of a folder, ready for JSON; what would be so anyway is left out."
     where = '.' if Path(folder).resolve() == Path(log).parent.resolve() else str(Path(folder).resolve())
     more = {k: v if type(v) in (str, int, float, bool, list, dict) else getattr(v, '__name__', type(v).__name__) for k, v in rest.items()}
     ours = dict(folder=where, model=weights_hash(self.model.named_parameters()), dtype=str(self.dtype)[6:], prompt=prompt or '', fit=fit, **more)
-    options = {k: v for k, v in config.to_diff_dict().items() if k not in ('transformers_version', 'blipbooth')}
+    usual = {k: v for k, v in {**_sampling, **_beaming, 'do_sample': False, 'num_return_sequences': 1}.items() if getattr(self.model.generation_config, k, None) in (None, v)}
+    options = {k: v for k, v in config.to_diff_dict().items() if k not in ('transformers_version', 'blipbooth') and not (k in usual and v == usual[k])}
     return json.loads(json.dumps(dict(options, blipbooth=ours), default=str))
 
 # %% ../nbs/03_captioning.ipynb #e8e8437a
@@ -1096,8 +1096,8 @@ def _plan_folder(self:Captioner, folder, out, recursive, prompt, batch_size, fit
     self.check_size(size)
     n, res = count_pictures(folder, recursive), _folder_captions(folder, out)
     config, rest = decoding_config(**_room(self, prompt), **_word_options(self, decoding))
-    more = dict(size=size) if size is not None else {}
-    if wording is not None: more['wording'] = asdict(wording)
+    more = {} if size in (None, self.model.config.vision_config.image_size) else dict(size=size)
+    if wording not in (None, Wording()): more['wording'] = asdict(wording)
     settings = self.folder_settings(res.folder, res.log, prompt, fit, config, {**rest, **more})
     return res, n, settings, res.goes_on(settings, overwrite)
 

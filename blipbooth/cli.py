@@ -58,7 +58,7 @@ def caption(
     if out or sidecars:
         if Path(path).is_file(): raise BoothError(f"{path} is one picture; --out and --sidecars are for folders: give the folder, or leave them out")
         done = Captioner.from_pretrained(model).caption_folder(path, out, sidecars, recursive, overwrite=overwrite, strict=strict,
-            caption_extension=caption_extension, wording=None if said == Wording() else said, where=where, **how)
+            caption_extension=caption_extension, wording=said, where=where, **how)
         if os.environ.get('RANK', '0') == '0': print(done)
     elif overwrite or where: raise BoothError(f"--{'overwrite' if overwrite else 'where'} without --out or --sidecars: nothing is written; add one of them or leave it out")
     elif Path(path).is_dir(): _print_captions(model, path, recursive, strict, {**how, 'wording': said})
@@ -375,11 +375,9 @@ def main(
     if argv[0] == '--version':
         from blipbooth import __version__
         return print(__version__)
-    from blipbooth.core import BoothError, nearest
+    from blipbooth.core import BoothError, _check_name
     try:
-        if argv[0] not in verbs:
-            near = nearest(argv[0], verbs)
-            raise BoothError(f"no verb {argv[0]!r}" + (f"; did you mean {near!r}?" if near else f"; the verbs are {', '.join(verbs)}"))
+        _check_name('verb', argv[0], verbs)
         with _plain_warnings(): _call(verbs[argv[0]], argv[1:])
     except BoothError as e:
         print(f'blipbooth: {_as_options(str(e), verbs[argv[0]]) if argv[0] in verbs else e}', file=sys.stderr)

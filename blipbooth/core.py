@@ -33,6 +33,10 @@ def _choices(word, words):
     near, names = nearest(word, words), ', '.join(map(str, words))
     return f"did you mean {near!r}? The choices are: {names}" if near else f"the choices are: {names}"
 
+def _check_name(what, name, names):
+    "Refuse a name that is not among `names`."
+    if not isinstance(name, str) or name not in names: raise BoothError(f"no {what} {name!r}; {_choices(name, names)}")
+
 # %% ../nbs/00_core.ipynb #e2bf45bf
 _kinds = 'captioner', 'matcher', 'diffusion'
 
@@ -42,7 +46,7 @@ def bundled(
     name:str, # captioner, matcher or diffusion
 )->Path: # the model's folder inside the package
     "The folder of a model that comes with the package."
-    if name not in _kinds: raise BoothError(f"no bundled model {name!r}; {_choices(name, _kinds)}")
+    _check_name('bundled model', name, _kinds)
     return _models()/name
 
 # %% ../nbs/00_core.ipynb #695ca8e7
@@ -97,7 +101,7 @@ def _device(device=None):
     here = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     if device is None: return next(k for k, v in here.items() if v)
     kind = str(device).split(':')[0]
-    if kind not in here: raise BoothError(f"no device {str(device)!r}; {_choices(kind, here)}")
+    _check_name('device', kind, here)
     if not here[kind]: raise BoothError(f"device {str(device)!r} is not here; use one of: {', '.join(k for k, v in here.items() if v)}")
     return str(device)
 
@@ -105,7 +109,7 @@ def _dtype(dtype=None):
     "A torch dtype from a dtype, its name, or None for float32."
     import torch
     name = str(dtype or 'float32').removeprefix('torch.')
-    if name not in _dtypes: raise BoothError(f"no dtype {name!r}; {_choices(name, _dtypes)}")
+    _check_name('dtype', name, _dtypes)
     return getattr(torch, _dtypes[name])
 
 # %% ../nbs/00_core.ipynb #dd001152

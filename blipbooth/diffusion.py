@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from fastcore.basics import patch
-from .core import BoothError, nearest
+from .core import BoothError, _check_name
 
 # %% ../nbs/07_diffusion.ipynb #87eb844d
 def alpha_sigma(
@@ -47,11 +47,6 @@ _kinds = 'epsilon', 'v_prediction', 'sample'
 
 def _check_kind(kind):
     _check_name('prediction type', kind, _kinds)
-
-def _check_name(what, name, names):
-    if name in names: return
-    near = nearest(name, names)
-    raise BoothError(f"no {what} {name!r}; {f'did you mean {near!r}? ' if near else ''}the choices are: {', '.join(names)}")
 
 # %% ../nbs/07_diffusion.ipynb #fec5578a
 def target(

@@ -36,13 +36,13 @@ from safetensors.torch import load_file, save_file
 from yaml import YAMLError
 from .callbacks import EMA, Checkpoints, Halved, Interrupts, LetGo, LossLog, NaNGuard, Prints, Progress, Track, check_trackers, checkpoint_step, load_weights
 from .decoding import quiet_transformers
-from .concept import Concept, DataOptions, check_name, check_weights, fitted_masks, load_masks, training_set, training_views
-from .core import BoothError, atomic_dir, atomic_write, file_hash, nearest, stateless_seed
+from .concept import Concept, DataOptions, check_name, check_weights, fitted_masks, load_masks, training_set, training_views, _step
+from .core import BoothError, atomic_dir, atomic_write, file_hash, nearest, stateless_seed, _check_name
 from .diffusion import add_noise, alpha_sigma, debiased_weight, logit_normal, min_snr_weight, p2_weight, prior_loss, snr, target
 from .layers import attend_narrowly, conv2d, gathered_conv2d_input, gathering_suits, winograd_conv2d, winograd_suits
-from .learner import Callback, Learner
+from .learner import Learner
 from .priors import load_priors
-from .sampling import fill, is_small, make_scheduler, suited_guidance, _check_pipe, _check_prompts, _check_steps
+from .sampling import fill, is_small, load_pipeline, make_scheduler, suited_guidance, _check_pipe, _check_prompts, _check_steps
 
 # %% ../nbs/13_dreambooth.ipynb #ec931f1c
 def _f(default, doc): return field(default=default, metadata=dict(doc=doc))
@@ -53,7 +53,7 @@ class TrainConfig:
     "Which parts of the model learn."
     unet:str = _f('full', 'the UNet: off, full or lora')
     text_encoder:str = _f('full', 'the text encoder: off, full or lora')
-    token:bool = _f(False, "the rare token's embedding alone (with text_encoder=off)")
+    token:bool = _f(False, "the rare token's embedding (with text_encoder off or lora)")
     rank:int = _f(4, 'rank of the LoRA matrices')
     unet_lr:float = _f(0., "the UNet's learning rate; 0: lr")
     text_encoder_lr:float = _f(0., "the text encoder's learning rate; 0: lr")
@@ -62,7 +62,7 @@ class TrainConfig:
 @dataclass
 class PriorConfig:
     "Class images that hold the model in place."
-    n:int = _f(0, 'how many class images; 0: 100, or 50 of as many drawn where the choice of them is left open')
+    n:int = _f(0, 'how many class images; 0: 100, or for the bundled model 50, chosen from 100')
     weight:float = _f(1., 'weight of their loss; 0 trains without prior preservation')
     threshold:Optional[float] = _f(None, 'least ITM probability that a class image shows the class; 0 keeps all; null: what suits the model (bundled 0.6, with candidates=2; Stable Diffusion 0)')
     dedupe:float = _f(0., 'cosine of embeddings from which two class images count as one, such as 0.995; 0 keeps both')
@@ -144,7 +144,7 @@ class DreamBoothConfig:
     matcher:str = _f('', 'hub name or folder of a BLIP that compares pictures and judges class images; empty: the bundled one, which knows emoji')
     seed:int = _f(0, 'root of every random number')
     steps:int = _f(0, 'optimizer steps; 0: what suits the model (bundled 400, Stable Diffusion 800)')
-    batch_size:int = _f(2, 'photos in a step (a process); as many class images come with them')
+    batch_size:int = _f(2, 'photos a process takes at once, with as many class images; a step has accumulate times as many, in each process')
     lr:float = _f(0., 'learning rate; 0: one that suits the model (bundled 2e-4, LoRA and token 2e-3; Stable Diffusion 5e-6, LoRA and token 5e-4)')
     resolution:int = _f(0, "side of a training picture, pixels; 0: the model's own")
     captions:str = _f('captioner', 'where captions come from: captioner, sidecars (text files beside the photos) or template')
@@ -172,6 +172,8 @@ class DreamBoothConfig:
     prints:PrintsConfig = _sub(PrintsConfig, 'prints on the way')
     trackers:List[str] = field(default_factory=list, metadata=dict(doc='tensorboard, wandb, trackio, or any other of accelerate'))
     concepts:List[ConceptConfig] = field(default_factory=list, metadata=dict(doc='several subjects, each with photos, token, class_noun and more (in a file)'))
+    @property
+    def subjects(self): return self.concepts or [self] # what is learned, each with a token and a class noun
 
 # %% ../nbs/13_dreambooth.ipynb #a96d43e8
 PRESETS = {
@@ -186,9 +188,7 @@ def preset(
     name, # one of PRESETS, or empty
 ):        # an OmegaConf of its values
     "The values of a preset."
-    if name and (not isinstance(name, str) or name not in PRESETS):
-        near = nearest(name, PRESETS)
-        raise BoothError(f"no preset {name!r}; " + (f"did you mean {near!r}?" if near else f"the presets are {', '.join(PRESETS)}"))
+    if name: _check_name('preset', name, PRESETS)
     out = OmegaConf.create()
     for k, v in PRESETS.get(name, {}).items(): OmegaConf.update(out, k, v)
     return out
@@ -402,7 +402,7 @@ def choose_parts(
                 torch.manual_seed(stateless_seed(cfg.seed, 'lora', name) % 2**31)
                 inject_adapter_in_model(LoraConfig(r=cfg.train.rank, lora_alpha=cfg.train.rank, init_lora_weights='gaussian', target_modules=_LORA[name]), part)
             part._hf_peft_config_loaded = True  # as `add_adapter` leaves it, which in transformers 5.24 waits for a peft that is not out
-    if cfg.train.token and cfg.train.text_encoder != 'full': _open_rows(pipe, [c.token for c in cfg.concepts] or [cfg.token])
+    if cfg.train.token and cfg.train.text_encoder != 'full': _open_rows(pipe, [c.token for c in cfg.subjects])
     if cfg.compile: return net  # a compiler finds its own way to remember less
     remember_less(net.unet)
     attend_narrowly(net.unet)
@@ -749,9 +749,12 @@ def check_named(
     if cfg.mixed_precision == 'fp16' and device and torch.device(device).type == 'cpu': raise BoothError("mixed_precision=fp16 needs a GPU; on a CPU use bf16 or no")
 
 # %% ../nbs/13_dreambooth.ipynb #4365ded4
-def resolution(cfg, pipe):
-    "The configured resolution, or the model's own."
-    size, f = cfg.resolution or pipe.unet.config.sample_size*pipe.vae_scale_factor, pipe.vae_scale_factor*2**(len(pipe.unet.config.block_out_channels) - 1)
+def resolution(
+    cfg,  # DreamBoothConfig
+    pipe, # StableDiffusionPipeline
+) -> int: # pixels
+    "The configured resolution, or the model's own, which its halvings must divide."
+    size, f = cfg.resolution or pipe.unet.config.sample_size*pipe.vae_scale_factor, _step(pipe)
     if size % f: raise BoothError(f"resolution={size} is not a multiple of {f}; try {round(size/f)*f or f}")
     return size
 
@@ -811,12 +814,12 @@ def check_run(
     T = pipe.scheduler.config.num_train_timesteps
     for k, most in (('t_min', T - 1), ('t_max', T)):
         if getattr(cfg.loss, k) > most: raise BoothError(f"loss.{k}={getattr(cfg.loss, k)} lies beyond the schedule's {T} timesteps; lower it to {most} at most")
-    will, are = [c.token for c in cfg.concepts] or [cfg.token], [c.token for c in concepts]
+    will, are = [c.token for c in cfg.subjects], [c.token for c in concepts]
     if cfg.train.token and set(will) != set(are): raise BoothError(f"train.token would train {', '.join(will)}, but the photos are of {', '.join(are)}; say token={are[0]}")
     check_weights(concepts)
     for c in concepts:
         check_name(pipe.tokenizer, c.token, c.class_noun)
-        c.cut(pipe.tokenizer)
+        c.cut(pipe)
         if cfg.data.masks and c.masks is None: c.masks = load_masks(cfg.data.masks, c.photos)
         if c.masks: fitted_masks(pipe, training_views(pipe, c.photos, resolution(cfg, pipe), cfg.seed, DataOptions(cfg.fit, cfg.flip, **data_options(cfg))), c.masks)
     if cfg.prints.every:
@@ -1047,7 +1050,6 @@ def open_run(
     checkpoint=None, # a checkpoint folder; None: `best` where it is chosen, else the newest whole one
 ):                   # (StableDiffusionPipeline with the trained weights, DreamBoothConfig)
     "Load what a run has learned."
-    from blipbooth.sampling import load_pipeline
     run = Path(run)
     if not (run/'config.yaml').is_file(): raise BoothError(f"{run} is no run folder: it has no config.yaml; give the folder a training run wrote")
     cfg = DreamBoothConfig.load(run/'config.yaml')

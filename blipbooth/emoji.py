@@ -1045,7 +1045,7 @@ def print_accuracy(
 
 # %% ../nbs/30_emoji.ipynb #2c270ae7
 _CARDS = dict(
-    captioner=('blip', 'A small BLIP captioner (`BlipForConditionalGeneration`, 7.9M parameters) that reads the emoji world.',
+    captioner=('blip', 'A small BLIP captioner (`BlipForConditionalGeneration`, 7.8M parameters) that reads the emoji world.',
                'blipbooth.emoji.train_captioner: cross-entropy on captions, label smoothing 0.1, AdamW, a rate that is held and then falls, averaged weights; parts of every other picture hidden.'),
     matcher=('blip', 'A small BLIP matcher (`BlipForImageTextRetrieval`, 7.8M parameters): contrastive embeddings and a matching head.',
              'blipbooth.emoji.train_matcher: contrast within a batch, matching against hard negatives and captions with one word swapped; which word it was.'),

@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image
 from fastcore.basics import listify, patch
 from fastcore.foundation import L
-from .core import BoothError, _choices, atomic_write, load_json, out_dir, save_json
+from .core import BoothError, _check_name, atomic_write, load_json, out_dir, save_json
 from .images import contact_sheet, load_image, load_images
 
 # %% ../nbs/14_evaluation.ipynb #b10784a3
@@ -199,7 +199,7 @@ def _number(x, name):
 def _before_after(metrics):
     "Every metric with its two values."
     for name, o in metrics.items():
-        if name not in _metrics: raise BoothError(f"no metric {name!r}; {_choices(name, _metrics)}")
+        _check_name('metric', name, _metrics)
         if not isinstance(o, Mapping) or set(o) - {'before', 'after'}: raise BoothError(f"{name} is {o!r}; give a dict of before and after")
     pairs = {k: {when: _number(metrics.get(k, {}).get(when), f'{k}, {when},') for when in ('before', 'after')} for k in _metrics}
     if all(v is None for o in pairs.values() for v in o.values()): raise BoothError("a report of 0 numbers; give at least one metric, before or after")

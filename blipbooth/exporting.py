@@ -11,7 +11,7 @@ import re, shutil, tempfile, warnings
 from pathlib import Path
 import torch
 from safetensors.torch import save
-from .core import BoothError, atomic_dir, atomic_write, load_json, nearest, resolve_model
+from .core import BoothError, atomic_dir, atomic_write, load_json, resolve_model, _check_name
 from .dreambooth import DreamBoothConfig, config_fields, export_pipeline, merge_lora, open_run, token_rows, _only_ours, _text_name
 
 # %% ../nbs/16_exporting.ipynb #7271f588
@@ -171,12 +171,10 @@ _USE = {
     'embedding': '{base}',
 }
 
-def _tokens(cfg): return [c.token for c in cfg.concepts] or [cfg.token]
-
 def _embeddings(cfg, format):
     "Which token's embedding lies in which file of an export."
     if not (format == 'embedding' or cfg.train.token and format in ('lora', 'kohya')): return {}
-    ts = _tokens(cfg)
+    ts = [c.token for c in cfg.subjects]
     return {t: 'embedding.safetensors' if len(ts) == 1 else 'embedding-' + re.sub(r'\W+', '-', t) + '.safetensors' for t in ts}
 
 def _use(cfg, format, repo, name):
@@ -200,7 +198,7 @@ def model_card(
     "A README with recipe, numbers, prints and licences."
     from huggingface_hub import ModelCard, ModelCardData
     base, files = cfg.model or 'blipbooth (bundled)', _embeddings(cfg, format)
-    names = [f"{f'<{c.token}>' if files else c.token} {c.class_noun}" for c in cfg.concepts or [cfg]]
+    names = [f"{f'<{c.token}>' if files else c.token} {c.class_noun}" for c in cfg.subjects]
     licence, hub = license or licence_of(cfg.model), bool(re.fullmatch(r'[\w.-]+/[\w.-]+', cfg.model)) and not Path(cfg.model).exists()
     tags = ['text-to-image', 'stable-diffusion', 'diffusers', 'dreambooth', 'blipbooth'] + (['lora'] if format in ('lora', 'kohya') else [])
     data = ModelCardData(license=licence, base_model=cfg.model if hub else None, library_name='diffusers', pipeline_tag='text-to-image', tags=tags, instance_prompt=f'a {names[0]}')
@@ -211,7 +209,7 @@ def model_card(
     left = [k for k in ('unet', 'text_encoder') if getattr(cfg.train, k) in without]
     if left: beside.append(f"The {' and the '.join(left)} was trained{' in full'*(format != 'embedding')}, which this format does not hold; prints of the whole run look otherwise.")
     pictures = '\n'.join(f'![{p}]({p})' for p in prints) or 'None.'
-    parts = [f"# {', '.join(f'{c.token} {c.class_noun}' for c in cfg.concepts or [cfg])}", what, *beside, f'```python\n{_use(cfg, format, repo, names[0])}\n```',
+    parts = [f"# {', '.join(f'{c.token} {c.class_noun}' for c in cfg.subjects)}", what, *beside, f'```python\n{_use(cfg, format, repo, names[0])}\n```',
              '## Prints', pictures, '## Numbers', _numbers(report or {}), '## Recipe', f'Trained from {base}. What is not listed is the default.', _recipe(cfg), '## Licences',
              f'The weights derive from {base} and are under its licence ({licence}). The photos remain their owner\'s; prints of a person or of a protected work need that owner\'s leave.']
     return ModelCard(f'---\n{data.to_yaml()}\n---\n\n' + '\n\n'.join(parts) + '\n')
@@ -236,7 +234,7 @@ def _is_export(folder):
 def _check_format(cfg, run, format):
     "Refuse a format that would leave out what a run has trained."
     full, lora = ([k for k in ('unet', 'text_encoder') if getattr(cfg.train, k) == how] for how in ('full', 'lora'))
-    if format not in FORMATS: raise BoothError(f"no format {format!r}; it is {', '.join(FORMATS)}" + (f" (did you mean {nearest(format, FORMATS)}?)" if nearest(format, FORMATS) else ''))
+    _check_name('format', format, FORMATS)
     if format == 'embedding' and not (cfg.train.token or cfg.train.text_encoder == 'full'): raise BoothError(f"{run} has not trained the token: train.token is false; export it as {'lora' if lora and not full else 'diffusers'}")
     if format == 'embedding' and full + lora: warnings.warn(f"{run} has trained the {' and the '.join(full + lora)}, too, for which embedding has no place: prints will differ; export it as {'diffusers' if full else 'lora, where the embedding lies beside'}, which holds everything")
     if format not in ('lora', 'kohya'): return
@@ -249,7 +247,7 @@ def _check_format(cfg, run, format):
 def _write(pipe, cfg, format, folder):
     if format == 'diffusers': export_pipeline(pipe, folder)
     elif format == 'lora': export_lora(pipe, folder)
-    elif format == 'kohya': export_kohya(pipe, folder/FORMATS[format], '-'.join(f'{c.token}-{c.class_noun}' for c in cfg.concepts or [cfg]))
+    elif format == 'kohya': export_kohya(pipe, folder/FORMATS[format], '-'.join(f'{c.token}-{c.class_noun}' for c in cfg.subjects))
     elif format == 'single-file': export_single_file(pipe, folder/FORMATS[format])
     for token, f in _embeddings(cfg, format).items(): export_embedding(pipe, token, folder/f)
 

@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from fastcore.basics import patch, store_attr
 from PIL import ImageOps
 
-from .callbacks import Checkpoints, Interrupts, LossLog, NaNGuard, Progress
+from .callbacks import Checkpoints, Interrupts, LossLog, NaNGuard, Progress, plot_losses
 from .captioning import Captioner, padded, pixel_values, _real, _whole
 from .core import BoothError, file_hash, generator, nearest, out_dir, read_jsonl, stateless_seed, stateless_shuffle, weights_hash, _choices
 from .decoding import vision_features
 from .images import fit as fit_image, load_image, _photo_files, _sources
-from .learner import Callback, CancelFit, Learner
+from .learner import Callback, Learner
 
 # %% ../nbs/15_finetuning.ipynb #d2574a37
 def _read_text(path):
@@ -382,13 +382,10 @@ def plot(self:FineTuned,
     ax=None, # matplotlib axes; None makes a small figure
 ): # the axes
     "The loss of every step."
-    from matplotlib.figure import Figure
-    ax = ax or Figure((4.5, 2.4), dpi=70, layout='constrained').subplots()
-    ax.plot(range(1, len(self.losses) + 1), self.losses)
+    ax = plot_losses([dict(step=i, loss=l) for i, l in enumerate(self.losses, 1)], smooth=0, ax=ax)
     if self.floor:
         ax.axhline(self.floor, color='grey', ls=':', label=f'floor {self.floor:.2f}')
         ax.legend()
-    ax.set(xlabel='step', ylabel='loss')
     return ax
 
 @patch

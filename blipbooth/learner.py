@@ -9,7 +9,6 @@ __all__ = ['CancelFit', 'Callback', 'Learner']
 from contextlib import nullcontext
 import torch
 from fastcore.basics import patch, store_attr
-from .core import BoothError
 
 # %% ../nbs/11_learner.ipynb #cb381bd6
 class CancelFit(Exception):
@@ -58,7 +57,7 @@ def fit(self:Learner):
         self.model.train()
         while self.step < self.steps:
             self('before_step')
-            self.losses = self.one_step()
+            self.one_step()
             self.step += 1
             self('after_step')
         self('after_fit')
@@ -76,7 +75,7 @@ def _sent(x, device):
 
 @patch
 def one_step(self:Learner):
-    "Forward and backward over the micro-batches, then one step of the optimizer; returns the mean losses."
+    "Forward and backward over the micro-batches, then one step of the optimizer; `losses` are the means."
     acc, total = self.accelerator, {}
     self.opt.zero_grad(set_to_none=True)
     for m in range(self.accumulate):
@@ -92,4 +91,3 @@ def one_step(self:Learner):
     self('after_backward')
     self.opt.step()
     if self.sched: self.sched.step()
-    return self.losses

@@ -16,8 +16,8 @@ from fastcore.basics import listify, patch
 from filelock import FileLock, Timeout
 from PIL import Image
 from .core import (BoothError, append_jsonl, atomic_write, file_hash, generator, load_json, out_dir, progress, randn, read_jsonl, save_json,
-    stateless_seed, weights_hash)
-from .diffusion import Guidance, add_noise, alpha_sigma, answer_for, predict_x0, _check_name, _within
+    stateless_seed, weights_hash, _check_name)
+from .diffusion import Guidance, add_noise, alpha_sigma, answer_for, predict_x0, _within
 from .images import load_image, load_images, show_grid, to_tensor, _suffixes
 from .sampling import (_all_settings, _check_pipe, _check_prompts, _check_size, _check_steps, _check_whole, _guidance, _inference, _own_scheduler, _token_limit, encode_prompts, fill,
     fingerprint, load_pipeline, sample, save_print)
@@ -415,6 +415,10 @@ class _ClassHalf:
     def before_fit(self):
         o = self.learn
         if o.data is not self: o.data = self.over(o.data, o.batch_size*o.accumulate*o.accelerator.num_processes)
+    def dice(self, ks):
+        "A generator for each sample, and the timestep that is its first draw."
+        gens, low, high = [generator(self.seed, 'class half', k) for k in ks], getattr(self.data, 'low', 0), getattr(self.data, 'T', self.T)
+        return gens, torch.stack([torch.randint(low, high, (), generator=g) for g in gens])
     def untouched(self):
         if fingerprint(self.pipe) != self.mark: raise BoothError("the model that draws class images has changed since; give one of its own, such as load_pipeline()")
 
@@ -482,9 +486,7 @@ def posterior(self:on_the_fly, i):
 def half(self:on_the_fly, ks, b):
     "Class samples: pictures of the pool in fresh noise."
     self.size = tuple(o*self.pipe.vae_scale_factor for o in b['latents'].shape[2:])
-    which, gens = [self.picture(k) for k in ks], [generator(self.seed, 'class half', k) for k in ks]
-    low, high = getattr(self.data, 'low', 0), getattr(self.data, 'T', self.T)
-    t = torch.stack([torch.randint(low, high, (), generator=g) for g in gens])
+    which, (gens, t) = [self.picture(k) for k in ks], self.dice(ks)
     latents, noise = zip(*[(mean + std*torch.randn(mean.shape, generator=g), torch.randn(mean.shape, generator=g))
                            for (mean, std), g in zip(map(self.posterior, which), gens)])
     return dict(latents=torch.stack(latents), noise=torch.stack(noise), t=t, **self.more(ks, b, [i % len(self.prompts) for i in which]))
@@ -502,9 +504,7 @@ class prior_prediction(_ClassHalf):
 
     def half(self, ks, b):
         "Class samples: the subject's latents in noise of their own, with the frozen model's answer as target."
-        gens, which, where = [generator(self.seed, 'class half', k) for k in ks], [k % len(self.prompts) for k in ks], dict(device=self.pipe.device, dtype=torch.float32)
-        low, high = getattr(self.data, 'low', 0), getattr(self.data, 'T', self.T)
-        t = torch.stack([torch.randint(low, high, (), generator=g) for g in gens])
+        (gens, t), which, where = self.dice(ks), [k % len(self.prompts) for k in ks], dict(device=self.pipe.device, dtype=torch.float32)
         noise = torch.stack([torch.randn(b['latents'].shape[1:], generator=g) for g in gens]).to(**where)
         a, s = (o.to(**where) for o in alpha_sigma(self.pipe.scheduler, t))
         xt, dtype = add_noise(b['latents'].to(**where)*self.scale, noise, a, s), self.pipe.unet.dtype

@@ -16,13 +16,14 @@ from importlib import import_module
 from pathlib import Path
 
 import diffusers, torch
+from fastcore.basics import chunked
 from fastcore.foundation import L
 from PIL import Image, ImageDraw, PngImagePlugin
-from .core import BoothError, Settings, atomic_write, generator, load_json, nearest, progress, randn, resolve_model, weights_hash
+from .core import BoothError, Settings, atomic_write, generator, load_json, nearest, progress, randn, resolve_model, weights_hash, _check_name
 from .decoding import quiet_transformers
-from .diffusion import Guidance, alpha_sigma, answer_for, predict_x0, _check_name, _within
+from .diffusion import Guidance, alpha_sigma, answer_for, predict_x0, _within
 from .layers import compiled, quick, watched
-from .images import Photo, _font, _gap, _paste, _wrap, fit, load_image, load_images, show_grid, to_tensor
+from .images import _font, _gap, _paste, _wrap, fit, load_image, load_images, show_grid, to_tensor
 
 # %% ../nbs/08_sampling.ipynb #aa4d550e
 def _check_folder(folder):
@@ -139,9 +140,7 @@ def make_scheduler(
     "A scheduler of its own for one printing, with the pipeline's settings, as diffusers' `from_config` takes them over; the pipeline's own stays untouched."
     name = pipe.scheduler if name is None else _named(name)
     if hasattr(name, 'config') and not isinstance(name, type): return type(name).from_config(_all_settings(name))
-    if not isinstance(name, str) or name not in _schedulers:
-        near = nearest(str(name).lower(), _schedulers)
-        raise BoothError(f"no scheduler {name!r}; {f'did you mean {near!r}? ' if near else ''}the choices are: {', '.join(_schedulers)}")
+    _check_name('scheduler', name, _schedulers)
     kind, settings = getattr(diffusers, _schedulers[name][0]), _schedulers[name][1]
     made = kind.from_config(pipe.scheduler.config, **settings)
     if made.config.get('clip_sample') and not pipe.scheduler.config.get('clip_sample'):
@@ -634,10 +633,6 @@ def _batch_size(pipe, size):
     _, h, w = _latent_shape(pipe, size)
     return max(1, min(32, (8 if next(pipe.unet.parameters()).device.type == 'cuda' else 4)*64*64 // (h*w)))
 
-def _cut(jobs, batch):
-    "Jobs in batches."
-    return [jobs[i:i+batch] for i in range(0, len(jobs), batch)]
-
 def _guidance_input(pipe, doses):
     "The guidance scale as an input, for a UNet that was distilled to read it."
     width = pipe.unet.config.time_cond_proj_dim
@@ -698,7 +693,7 @@ def _halve(jobs, todo):
     if len(jobs) == 1: raise BoothError("out of memory with one image at a time; print it smaller with size=, decode it in tiles with tiling=True, or load the model in half precision (load_pipeline with dtype 'float16')")
     half = len(jobs)//2
     print(f"blipbooth: out of memory with {len(jobs)} images at a time; going on with {half}", file=sys.stderr)
-    return [(o, k) for more, k in ((jobs, todo[0][1]), *todo[1:]) for o in _cut(more, half)]
+    return [(o, k) for more, k in ((jobs, todo[0][1]), *todo[1:]) for o in chunked(more, half)]
 
 # %% ../nbs/08_sampling.ipynb #9fa75f05
 def _print(pipe, jobs, batch, callback, long, restore_mean, steps_each, **kwargs):
@@ -711,7 +706,7 @@ def _print(pipe, jobs, batch, callback, long, restore_mean, steps_each, **kwargs
     tick.clean = getattr(callback, 'clean', False)
     with bar, _inference(pipe), quick(pipe.unet, pipe.vae):
         embeds, pieces = _tried_texts(pipe, jobs, long, restore_mean)
-        todo = [(o, k) for k, same in itertools.groupby(zip(jobs, pieces), key=lambda o: o[1]) for o in _cut([j for j, _ in same], batch)]
+        todo = [(o, k) for k, same in itertools.groupby(zip(jobs, pieces), key=lambda o: o[1]) for o in chunked([j for j, _ in same], batch)]
         bar.total = steps_each*len(todo)
         while todo:
             (now, k), *_ = todo
