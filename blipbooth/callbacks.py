@@ -8,7 +8,7 @@ __all__ = ['LossLog', 'Progress', 'NaNGuard', 'save_checkpoint', 'whole', 'load_
            'same_run', 'Track', 'track_images', 'track_report', 'plot_losses', 'LivePlot']
 
 # %% ../nbs/12_callbacks.ipynb #346e3763
-import inspect, json, math, os, shutil, signal, tempfile, threading, time, warnings
+import inspect, io, json, math, os, shutil, signal, tempfile, threading, time, warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -673,24 +673,34 @@ def plot_losses(
         avg, curve = None, []
         for r in records: curve.append(avg := r[name] if avg is None else smooth*avg + (1 - smooth)*r[name])
         if any(curve): ax.plot([r['step'] for r in records], curve, label=name)
-    ax.set(xlabel='step', ylabel='loss, smoothed')
+    ax.set(xlabel='step', ylabel='loss, smoothed' if smooth else 'loss')
     ax.legend(frameon=False)
     return ax
 
 # %% ../nbs/12_callbacks.ipynb #7ee7e7d5
 class LivePlot(Callback):
-    "Draws the loss curves in the notebook while it trains."
+    "Draws the loss curves in the notebook while it trains; elsewhere, and under BLIPBOOTH_QUIET=1, it does nothing."
     order = 22
     def __init__(self,
         every=25, # steps between two drawings
-    ): self.every, self.records, self.handle = every, [], None
+    ): self.every, self.records, self.on, self.shown = every, [], False, None
+
+    def before_fit(self):
+        from fastcore.imports import in_notebook, ipython_shell
+        quiet = os.environ.get('BLIPBOOTH_QUIET') == '1' or not self.learn.accelerator.is_main_process
+        self.on = not quiet and in_notebook() and 'Terminal' not in type(ipython_shell()).__name__
+        self.records = [r for c in self.learn.cbs if isinstance(c, LossLog) for r in read_jsonl(c.path)] # of the steps before a resumption
 
     def after_step(self):
+        if not self.on: return
         self.records.append(dict(step=self.learn.step, **self.learn.losses))
-        if self.learn.accelerator.is_main_process and self.learn.step % self.every == 0: self.draw()
+        if self.learn.step % self.every == 0: self.draw()
+
+    def cleanup(self):
+        if self.on and self.records and self.learn.step % self.every: self.draw()
 
     def draw(self):
-        from IPython.display import display
-        fig = plot_losses(self.records).figure
-        if self.handle: self.handle.update(fig)
-        else: self.handle = display(fig, display_id=True)
+        from IPython.display import Image, display
+        plot_losses(self.records).figure.savefig(png := io.BytesIO(), format='png')
+        if self.shown: self.shown.update(Image(png.getvalue()))
+        else: self.shown = display(Image(png.getvalue()), display_id=True)

@@ -34,7 +34,7 @@ from omegaconf.errors import OmegaConfBaseException
 from peft.tuners.lora import Linear as LoraLinear
 from safetensors.torch import load_file, save_file
 from yaml import YAMLError
-from .callbacks import EMA, Checkpoints, Halved, Interrupts, LetGo, LossLog, NaNGuard, Prints, Progress, Track, check_trackers, checkpoint_step, load_weights
+from .callbacks import EMA, Checkpoints, Halved, Interrupts, LetGo, LivePlot, LossLog, NaNGuard, Prints, Progress, Track, check_trackers, checkpoint_step, load_weights
 from .decoding import quiet_transformers
 from .concept import Concept, DataOptions, check_name, check_weights, fitted_masks, load_masks, training_set, training_views, _step
 from .core import BoothError, atomic_dir, atomic_write, file_hash, nearest, stateless_seed, _check_name
@@ -875,7 +875,7 @@ def build_learner(
     if cfg.compile: net.compile(dynamic=False)  # a program for each shape
     opt = make_optimizer(cfg, parameter_groups(net, cfg, pipe))
     keep = run_callbacks(pipe, concepts, cfg, out, resume, anyway, acc.num_processes) if out else []
-    own = [NaNGuard(), Progress(), Interrupts(), LetGo(*spare_parts(pipe, cfg)), *_halved(pipe, cfg)]
+    own = [NaNGuard(), Progress(), LivePlot(), Interrupts(), LetGo(*spare_parts(pipe, cfg)), *_halved(pipe, cfg)]
     if cfg.ema: own.append(EMA(cfg.ema))
     if cfg.trackers: own.append(Track(config=_flat(cfg), logs=Path(out)/'logs' if out else None))
     return Learner(net, data, loss, opt, cfg.steps, make_schedule(cfg, opt), [*own, *keep, *cbs], acc, cfg.batch_size, cfg.accumulate, cfg.clip)

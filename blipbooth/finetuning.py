@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch, store_attr
 from PIL import ImageOps
 
-from .callbacks import Checkpoints, Interrupts, LossLog, NaNGuard, Progress, plot_losses
+from .callbacks import Checkpoints, Interrupts, LivePlot, LossLog, NaNGuard, Progress, plot_losses
 from .captioning import Captioner, padded, pixel_values, _real, _whole
 from .core import BoothError, file_hash, generator, nearest, out_dir, read_jsonl, stateless_seed, stateless_shuffle, weights_hash, _choices
 from .decoding import vision_features
@@ -359,7 +359,7 @@ def caption_learner(
     made_with = {k: v for k, v in asdict(cfg).items() if k not in ('steps', 'checkpoint_every', 'checkpoint_keep')} | (info or {})
     log = out/'logs'/'loss.jsonl' if out else None
     keep = [LossLog(log), Checkpoints(out/'checkpoints', cfg.checkpoint_every, cfg.checkpoint_keep, made_with, resume, None)] if out else []
-    cbs = [NaNGuard(), Progress('fine-tuning'), Interrupts(), Curve(log), *keep, *cbs]
+    cbs = [NaNGuard(), Progress('fine-tuning'), LivePlot(), Interrupts(), Curve(log), *keep, *cbs]
     return Learner(net, data, CaptionLoss(cfg.smoothing), opt, cfg.steps, sched, cbs, accelerator, cfg.batch_size, cfg.accumulate, cfg.clip)
 
 # %% ../nbs/15_finetuning.ipynb #5c4e6770
