@@ -669,7 +669,7 @@ def plot_losses(
     records = log if isinstance(log, list) else read_jsonl(log)
     if not records: raise BoothError(f"{log} holds no losses yet; train first")
     ax = ax or Figure(figsize=(5, 2.6), dpi=70, layout='constrained').subplots()
-    for name in (k for k in records[0] if k != 'step'):
+    for name in ('loss', *(k for k in records[0] if k not in ('step', 'loss') and any(r.get('prior') for r in records))):  # without class images the subject's is the whole loss
         avg, curve = None, []
         for r in records: curve.append(avg := r[name] if avg is None else smooth*avg + (1 - smooth)*r[name])
         if any(curve): ax.plot([r['step'] for r in records], curve, label=name)

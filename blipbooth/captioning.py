@@ -32,9 +32,9 @@ from filelock import FileLock, Timeout
 from transformers import (BlipForConditionalGeneration, BlipProcessor, GenerationConfig, GenerationMixin,
     StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer)
 
-from .core import (BoothError, Settings, atomic_dir, for_writing, load_json, nearest, out_dir, progress, resolve_model, save_json,
+from .core import (BoothError, Settings, atomic_dir, file_hash, for_writing, load_json, nearest, out_dir, progress, resolve_model, save_json,
     stateless_seed, weights_hash)
-from .decoding import (CACHE, FastDecoder, ImageCache, alternatives, constrained_beam_search, diverse_beam_search, image_memory, packed,
+from .decoding import (CACHE, FastDecoder, ImageCache, alternatives, constrained_beam_search, diverse_beam_search, fast_generate, image_memory, packed,
     quiet_transformers, seeded_sample, vision_features)
 from .images import Photo, _suffixes, fit as fit_image, load_image, load_images, to_tensor
 
@@ -58,6 +58,13 @@ def _check_config(folder, name, cls, kind):
     return found
 
 # %% ../nbs/03_captioning.ipynb #92cbe2fb
+def _check_processor(o, name):
+    "Refuse settings of a processor that `pixel_values` would not follow."
+    usual = dict(do_resize=True, resample=3, do_rescale=True, rescale_factor=1/255, do_normalize=True)
+    for k, v in usual.items():
+        found = getattr(o, k, None)
+        if found is not None and abs(found - v) > 1e-6: raise BoothError(f"{name} prepares pictures with {k}={found}, and BLIP's checkpoints saw {v:.3g}, which is all that is known here; mend it in the folder's preprocessor_config.json or processor_config.json")
+
 def load_blip(
     cls, # `BlipForConditionalGeneration` or `BlipForImageTextRetrieval`
     kind:str, # captioner or matcher
@@ -77,6 +84,7 @@ def load_blip(
             processor = BlipProcessor.from_pretrained(folder, **kw)
     except Exception as e:
         raise BoothError(f"{name} cannot be read ({type(e).__name__}: {str(e).strip().splitlines()[0]}); get the model again") from e
+    _check_processor(processor.image_processor, name)
     missing = sorted(info['missing_keys'])
     if missing: raise _wrong_model(name, found, cls, kind, f"{len(missing)} weights are missing, {missing[0]} first")
     return model.eval().to(settings.device), processor
@@ -249,13 +257,15 @@ def _real(hi=float('inf'), zero=False):
 
 _ranges = dict(num_beams=_whole(1, 10), num_return_sequences=_whole(1), max_new_tokens=_whole(1), max_length=_whole(2), min_new_tokens=_whole(0),
     min_length=_whole(0), no_repeat_ngram_size=_whole(0), top_k=_whole(0), temperature=_real(), top_p=_real(1), typical_p=_real(1), min_p=_real(1, True),
-    repetition_penalty=_real(), length_penalty=('a number', lambda v: type(v) in (int, float) and np.isfinite(v)))
+    repetition_penalty=_real(), top_h=_real(1), epsilon_cutoff=_real(1, True), eta_cutoff=_real(1, True), length_penalty=('a number', lambda v: type(v) in (int, float) and np.isfinite(v)))
 
 def _check_ranges(config):
     "Each number within its limits."
     for name, (limit, good) in _ranges.items():
-        v = getattr(config, name)
+        v = getattr(config, name, None)
         if v is not None and not good(v): raise BoothError(f"{name}={v!r}; it must be {limit}")
+    for name in 'temperature', 'repetition_penalty', 'encoder_repetition_penalty', 'top_h':  # transformers takes no 2 for 2.
+        if type(v := getattr(config, name, None)) is int: setattr(config, name, float(v))
 
 # %% ../nbs/03_captioning.ipynb #b04a6b74
 _sampling = dict(temperature=1., top_k=50, top_p=1., min_p=None, top_h=None, typical_p=1., epsilon_cutoff=0., eta_cutoff=0.)
@@ -327,9 +337,18 @@ def _check_shapes(config, rest):
         if v is not None and not good(v): raise BoothError(f"{k}={v!r}; it must be {what}")
     for k in _no_use:
         if v := rest.get(k, getattr(config, k, None)): raise BoothError(f"{k}={v!r} means nothing to a captioner; leave it out")
+    if isinstance(config.sequence_bias, dict): config.sequence_bias = [[list(k), v] for k, v in config.sequence_bias.items()]  # as JSON has it
     for k in 'logits_processor', 'stopping_criteria':
         if k in rest: rest[k] = listify(rest[k])
         if not all(map(callable, rest.get(k, []))): raise BoothError(f"{k}={rest[k]!r}; give a function, or a list of them")
+
+def _all_ids(v): return [v] if type(v) is int else [i for o in v for i in _all_ids(o)] if isinstance(v, (list, tuple)) else []
+
+def _check_ids(config, words):
+    "Ids that the model knows."
+    names = 'bad_words_ids eos_token_id force_words_ids suppress_tokens begin_suppress_tokens forced_bos_token_id forced_eos_token_id sequence_bias'.split()
+    for k in names if words else ():
+        if beyond := [i for i in _all_ids(getattr(config, k, None)) if i >= words]: raise BoothError(f"{k} has the id {beyond[0]}, and the model knows 0 to {words - 1}; take ids from its own tokenizer")
 
 def _check_words(config, rest):
     "Strings that are some, and a seed that is a number."
@@ -402,6 +421,7 @@ def decoding_config(
     generation_config:GenerationConfig=None, # options made beforehand; the keywords go on top
     longest:int=1, # tokens of the longest prompt, start token included
     positions:int=512, # how many tokens the model has room for
+    words:int=None, # how many ids it knows; None: any
     **decoding, # any keyword of transformers' `generate`
 )->tuple: # (GenerationConfig, dict of what else `generate` takes)
     "Checked decoding options."
@@ -416,6 +436,7 @@ def decoding_config(
     _check_shapes(config, rest)
     _check_names(config, rest)
     _check_words(config, rest)
+    _check_ids(config, words)
     _check_ranges(config)
     _check_room(config, longest, positions)
     _check_together(config, longest)
@@ -453,9 +474,10 @@ def memory(self:Captioner,
 @patch
 def shares_memory(self:Captioner,
     config:GenerationConfig, # what is asked for
+    assisted:bool=False, # whether another decoder guesses ahead, which has to see the pictures, too
 )->bool:
     "Whether the fast decoder writes: it is not turned off, and nobody asks for what only transformers' decoder gives."
-    return self.fast and not (config.output_attentions or config.output_hidden_states)
+    return self.fast and not (assisted or config.output_attentions or config.output_hidden_states)
 
 # %% ../nbs/03_captioning.ipynb #dca6cba0
 @patch
@@ -569,12 +591,9 @@ def generate(self:Captioner,
     if config.stop_strings:
         rest['stopping_criteria'] = StoppingCriteriaList([*rest.get('stopping_criteria', []), StopText(self, config.stop_strings, x)])
     config.stop_strings, decoder = None, self.model.text_decoder
-    if isinstance(embeds, list) or self.shares_memory(config):
-        decoder = FastDecoder.over(packed(decoder))
-        look = {CACHE: ImageCache(self.memory(embeds))}
-    else: look = dict(encoder_hidden_states=embeds, encoder_attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=self.device))
-    with quiet_transformers():
-        rows = decoder.generate(input_ids=x, attention_mask=torch.ones_like(x), generation_config=config, **look, **rest)
+    if isinstance(embeds, list) or self.shares_memory(config, 'assistant_model' in rest): write = partial(fast_generate, decoder, embeds)
+    else: write = partial(decoder.generate, encoder_hidden_states=embeds, encoder_attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=self.device))
+    with quiet_transformers(): rows = write(input_ids=x, attention_mask=torch.ones_like(x), generation_config=config, **rest)
     return getattr(rows, 'sequences', rows).tolist()
 
 # %% ../nbs/03_captioning.ipynb #981c90d6
@@ -617,11 +636,25 @@ def _word_options(self, decoding):
     if avoid: decoding['bad_words_ids'] = [*(decoding.get('bad_words_ids') or []), *map(ids, avoid)]
     return decoding
 
-def _room(self, prompt): return dict(longest=len(self.prompt_ids(prompt, 1)[0]), positions=self.text_config.max_position_embeddings)
+def _limits(self): return dict(positions=self.text_config.max_position_embeddings, words=self.text_config.vocab_size)
+
+def _room(self, prompt): return dict(longest=len(self.prompt_ids(prompt, 1)[0]), **_limits(self))
 
 def _no_word(w): raise BoothError(f"{w!r} is no word to force or to avoid; give strings that the model can spell, such as 'fox' or 'in the park'")
 
 # %% ../nbs/03_captioning.ipynb #5ade6124
+def _numbered(part, config, rest):
+    "A batch's options; a function that goes by a picture's number is told the one among all pictures."
+    allowed, several = rest.get('prefix_allowed_tokens_fn'), 1 if config.num_beams > 1 else config.num_return_sequences or 1
+    return {**rest, 'prefix_allowed_tokens_fn': lambda i, ids: allowed(part[i//several], ids)} if allowed else rest
+
+def _check_assistant(self, rest):
+    "An assistant that can read the same pictures in the same words."
+    if (other := rest.get('assistant_model')) is None: return
+    for k in 'encoder_hidden_size', 'vocab_size':
+        ours, theirs = getattr(self.text_config, k), getattr(other.config, k, None)
+        if ours != theirs: raise BoothError(f"the assistant's {k} is {theirs}, and the captioner's {ours}; give the decoder of a captioner of the same kind")
+
 @patch
 def __call__(self:Captioner,
     images, # whatever `load_images` takes: a folder, a file, a picture, or a list of pictures
@@ -636,13 +669,14 @@ def __call__(self:Captioner,
     photos = load_images(images)
     prompts = [prompt]*len(photos) if isinstance(prompt, str) or not hasattr(prompt, '__iter__') else list(prompt)
     ids = self.prompt_ids(prompts, len(photos))
-    options = dict(_word_options(self, decoding), positions=self.text_config.max_position_embeddings)
+    options = dict(_word_options(self, decoding), **_limits(self))
     configs = {n: decoding_config(longest=n, **options) for n in sorted({*map(len, ids)}, reverse=True)} # a prompt's length decides how many words are left
     config, rest = next(iter(configs.values()))
+    _check_assistant(self, rest)
     seed, res = rest.pop('seed', None), [None]*len(photos)
     beam_dice = seed is not None and config.do_sample and rest.get('custom_generate') is not seeded_sample
     for part in same_length(ids, 1 if beam_dice or _alone(config, rest) else batch_size):
-        found = self._caption_batch([photos[i] for i in part], [ids[i] for i in part], [prompts[i] for i in part], fit, size, configs[len(ids[part[0]])][0], rest, seed)
+        found = self._caption_batch([photos[i] for i in part], [ids[i] for i in part], [prompts[i] for i in part], fit, size, configs[len(ids[part[0]])][0], _numbered(part, config, rest), seed)
         for i, c in zip(part, found): res[i] = c
     return L(res)
 
@@ -653,7 +687,7 @@ def _caption_batch(self:Captioner, photos, ids, prompts, fit, size, config, rest
     several, n = config.num_return_sequences or 1, len(ids[0])
     ends = np.atleast_1d(config.eos_token_id if config.eos_token_id is not None else self.text_config.sep_token_id).tolist()
     embeds, dice = self.encode(photos, fit, size), seed is not None and [stateless_seed(seed, p.hash, k) for p in photos for k in range(several)]
-    if self.shares_memory(config): embeds = self.memory(embeds)
+    if self.shares_memory(config, 'assistant_model' in rest): embeds = self.memory(embeds)
     if rest.get('custom_generate') is seeded_sample: rest = {**rest, 'row_seeds': dice, 'listener': rest.get('streamer')}
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None: torch.manual_seed(dice[0])
@@ -700,7 +734,7 @@ def _entries(folder):
             for o in found:
                 if o.name.startswith('.'): continue
                 if o.is_dir(follow_symlinks=False): yield o.name, True
-                elif o.name.lower().endswith(tuple(_suffixes)) and (o.is_file() or o.is_symlink() and not o.is_dir()): yield o.name, False # a link that leads nowhere is a bad picture
+                elif o.name.lower().endswith(tuple(_suffixes)) and (os.path.isfile(o) or o.is_symlink() and not os.path.isdir(o)): yield o.name, False # a link that leads nowhere is a bad picture
     except OSError as e: raise BoothError(f"cannot read the folder {folder} ({e.strerror}); make it readable or move it away") from e
 
 # %% ../nbs/03_captioning.ipynb #178a4949
@@ -1019,15 +1053,20 @@ def __repr__(self:FolderCaptions):
     return f"FolderCaptions({len(self):,} in {self.log.resolve().parent.name}/{self.log.name}: {'; '.join(parts)})"
 
 # %% ../nbs/03_captioning.ipynb #dbe2eb30
+def _told(v):
+    "An option as it stands among a run's settings: functions and other things by their names."
+    if isinstance(v, list): return [*map(_told, v)]
+    return v if v is None or type(v) in (str, int, float, bool, dict) else getattr(v, '__name__', type(v).__name__)
+
 @patch
 def folder_settings(self:Captioner, folder, log, prompt, fit, config, rest):
     "All that decides the captions of a folder, ready for JSON; what would be so anyway is left out."
     where = '.' if Path(folder).resolve() == Path(log).parent.resolve() else str(Path(folder).resolve())
-    more = {k: v if type(v) in (str, int, float, bool, list, dict) else getattr(v, '__name__', type(v).__name__) for k, v in rest.items()}
+    more = {k: _told(v) for k, v in rest.items()}
     ours = dict(folder=where, model=weights_hash(self.model.named_parameters()), dtype=str(self.dtype)[6:], prompt=prompt or '', fit=fit, **more)
     usual = {k: v for k, v in {**_sampling, **_beaming, 'do_sample': False, 'num_return_sequences': 1}.items() if getattr(self.model.generation_config, k, None) in (None, v)}
     options = {k: v for k, v in config.to_diff_dict().items() if k not in ('transformers_version', 'blipbooth') and not (k in usual and v == usual[k])}
-    return json.loads(json.dumps(dict(options, blipbooth=ours), default=str))
+    return json.loads(json.dumps(dict(options, blipbooth=ours), default=lambda o: o.to_dict() if hasattr(o, 'to_dict') else str(o)))
 
 # %% ../nbs/03_captioning.ipynb #e8e8437a
 def differences(
@@ -1046,6 +1085,7 @@ def goes_on(self:FolderCaptions, settings, overwrite):
     ours = isinstance(old, dict) and isinstance(old.get('blipbooth'), dict)
     if old is not None and not ours: raise BoothError(f"{self.config_file} belongs to something else, perhaps a model; choose another folder with out=")
     differ = differences(old, settings) if ours else []
+    if not ours and not overwrite and self.errors_file.exists(): raise BoothError(f"{self.errors_file} was not written by caption_folder; choose another out=, or overwrite=True to lose it")
     if overwrite: return ours and not differ and bool(old['blipbooth'].get('overwrite'))
     if not self.log.exists() or not self.log.stat().st_size: return False
     if not ours: raise BoothError(f"{self.log} was not written by caption_folder; choose another folder with out=, or overwrite=True to lose it")
@@ -1065,7 +1105,7 @@ def write_sidecar(
         if path.exists():
             if path.read_bytes().strip() == data.strip(): return True
             if not overwrite: return False
-        side = path.with_name(f'.{path.name}.tmp')
+        side = path.with_name(f'.{file_hash(os.fsencode(path.name))[:16]}.tmp')  # short, whatever the name
         side.write_bytes(data)
         os.replace(side, path)
     except OSError as e: raise BoothError(f"cannot write {path} ({e.strerror}); make the folder writable, and the same call goes on") from e
@@ -1094,6 +1134,7 @@ def _plan_folder(self:Captioner, folder, out, recursive, prompt, batch_size, fit
     "Look at everything that can be wrong; (run, number of pictures, settings, whether to go on)."
     _check_folder_options(prompt, batch_size, fit, workers, wording)
     self.check_size(size)
+    if decoding.get('prefix_allowed_tokens_fn'): raise BoothError("prefix_allowed_tokens_fn goes by a picture's number, which the pictures of a folder do not have; give a logits_processor")
     n, res = count_pictures(folder, recursive), _folder_captions(folder, out)
     config, rest = decoding_config(**_room(self, prompt), **_word_options(self, decoding))
     more = {} if size in (None, self.model.config.vision_config.image_size) else dict(size=size)

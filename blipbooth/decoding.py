@@ -84,7 +84,7 @@ def vision_features(
     for layer in vision_model.encoder.layers:
         a = layer.self_attn
         q, k, v = heads(a.qkv(layer.layer_norm1(x)), 3*a.num_heads).chunk(3, 1)
-        y = F.scaled_dot_product_attention(q, k, v, scale=a.scale)
+        y = F.scaled_dot_product_attention(q, k, v, scale=a.scale, dropout_p=a.dropout.p if a.training else 0.)
         x = x + a.projection(y.transpose(1, 2).flatten(2))
         x = x + layer.mlp(layer.layer_norm2(x))
     return vision_model.post_layernorm(x)
@@ -385,7 +385,7 @@ def packed(
 # %% ../nbs/02_decoding.ipynb #4d15d152
 def fast_generate(
     decoder:BlipTextLMHeadModel, # a captioner's text decoder
-    embeds:torch.Tensor, # (b, 1 + patches, d) from the vision model
+    embeds:torch.Tensor, # (b, 1 + patches, d) from the vision model, or what `image_memory` made of it
     input_ids:torch.Tensor, # (b, t) start token and prompt, padded on the left if lengths differ
     attention_mask:torch.Tensor=None, # (b, t), 0 for padding
     fixed:bool=None, # see `ImageCache`
@@ -394,7 +394,7 @@ def fast_generate(
     "Continue `input_ids` about the pictures; as transformers' `generate`, and quicker."
     with torch.no_grad(): fast = FastDecoder.over(packed(decoder))
     if attention_mask is None: attention_mask = torch.ones_like(input_ids)
-    cache = ImageCache(image_memory(fast, embeds), fixed)
+    cache = ImageCache(embeds if isinstance(embeds, list) else image_memory(fast, embeds), fixed)
     return fast.generate(input_ids=input_ids, attention_mask=attention_mask, **{CACHE: cache}, **kwargs)
 
 # %% ../nbs/02_decoding.ipynb #223f71bf

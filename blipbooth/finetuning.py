@@ -67,7 +67,7 @@ def read_pairs(
 )->list: # of (image, text)
     "Pictures with their captions, whatever they come as."
     if isinstance(pairs, (str, Path)): res = _folder_pairs(pairs)
-    elif isinstance(pairs, tuple) and len(pairs) == 2: res = _zipped(*pairs)
+    elif isinstance(pairs, tuple) and len(pairs) == 2 and not all(isinstance(o, tuple) for o in pairs): res = _zipped(*pairs)
     elif not hasattr(pairs, '__iter__'): raise BoothError(f"pairs is a {type(pairs).__name__}; give [(image, text), …], (images, texts) or a folder")
     else: res = list(pairs)
     for i, o in enumerate(res):

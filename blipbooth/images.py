@@ -144,7 +144,7 @@ _foreign = '.heic .heif .avif .jfif .jxl .jp2 .psd .svg .dng .raw .cr2 .cr3 .nef
 
 def _photo_files(folder):
     "The picture files of a folder, by name."
-    files = sorted(o for o in folder.iterdir() if o.is_file() and not o.name.startswith('.'))
+    files = sorted(o for o in folder.iterdir() if (o.is_file() or o.is_symlink() and not o.is_dir()) and not o.name.startswith('.'))
     photos = [o for o in files if o.suffix.lower() in _suffixes]
     left = [o.name for o in files if o.suffix.lower() in _foreign]
     if photos and left: warnings.warn(f"{len(left)} of the pictures in {folder} cannot be read here and are left out ({left[0]}{' …'*(len(left) > 1)}); save them as PNG or JPEG")
