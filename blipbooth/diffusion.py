@@ -32,6 +32,12 @@ def _per_image(v, like):
     v = torch.as_tensor(v).to(like)
     return v.reshape(-1, *[1]*(like.ndim-1)) if v.ndim else v
 
+def _times(v, x):
+    "x times a number, or one number per image: in half precision rounded once, as a plain number is."
+    if not isinstance(v, (torch.Tensor, list, tuple)): return v*x
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (_per_image(v, wide)*wide).to(x.dtype)
+
 # %% ../nbs/07_diffusion.ipynb #632b2ccc
 def add_noise(
     x0, # clean images or latents (b, …)
@@ -166,7 +172,7 @@ def cfg(
     g, # guidance: one number, or one for each image (b,)
 ): # the guided answer, the same shape
     "Classifier-free guidance (Ho and Salimans 2022)."
-    return uncond + _per_image(g, uncond)*(cond - uncond)
+    return uncond + _times(g, cond - uncond)
 
 # %% ../nbs/07_diffusion.ipynb #8e63aed2
 def rescale(
@@ -223,7 +229,7 @@ def perp_neg(
     "Guidance with a perpendicular negative prompt (Perp-Neg, Armandpour et al. 2023)."
     towards = cond - uncond
     _, across = project(negative - uncond, onto=towards)
-    return uncond + _per_image(g, uncond)*(towards - weight*across)
+    return uncond + _times(g, towards - weight*across)
 
 # %% ../nbs/07_diffusion.ipynb #09229c67
 def apg(
@@ -241,7 +247,8 @@ def apg(
         length = update.float().pow(2).sum(tuple(range(1, update.ndim)), keepdim=True).sqrt()
         update = update*(threshold/length.clamp(min=1e-12)).clamp(max=1).to(update.dtype)
     along, across = project(update, onto=cond)
-    return cond + (_per_image(g, cond)-1)*(across + eta*along), carried
+    less = torch.as_tensor(g) - 1 if isinstance(g, (torch.Tensor, list, tuple)) else g - 1
+    return cond + _times(less, across + eta*along), carried
 
 # %% ../nbs/07_diffusion.ipynb #12a45e60
 _hows = 'cfg', 'perp-neg', 'apg'
@@ -297,7 +304,7 @@ def at(self:Guidance,
 ): # guidance like `g`, or None where the prompt's own answer is all that is needed
     "The dose at one step."
     if i not in guided_steps(self.interval, total): return None
-    g = torch.tensor(self.g, dtype=torch.float32) if isinstance(self.g, (list, tuple)) else self.g
+    g = torch.tensor(self.g, dtype=torch.float64) if isinstance(self.g, (list, tuple)) else self.g
     g = scheduled(g, (i + 0.5)/total, self.schedule)
     return None if self.how != 'perp-neg' and (torch.as_tensor(g) == 1).all() else g
 

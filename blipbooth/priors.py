@@ -19,7 +19,7 @@ from .core import (BoothError, append_jsonl, atomic_write, file_hash, generator,
     stateless_seed, weights_hash, _check_name)
 from .diffusion import Guidance, add_noise, alpha_sigma, answer_for, predict_x0, _within
 from .images import load_image, load_images, show_grid, to_tensor, _suffixes
-from .sampling import (_all_settings, _check_pipe, _check_prompts, _check_size, _check_steps, _check_whole, _guidance, _inference, _own_scheduler, _token_limit, encode_prompts, fill,
+from .sampling import (_all_settings, _check_pipe, _check_prompts, _check_size, _check_steps, _check_whole, _guidance, _inference, _named, _own_scheduler, _token_limit, encode_prompts, fill,
     fingerprint, load_pipeline, sample, save_print)
 
 # %% ../nbs/09_priors.ipynb #585506f7
@@ -219,9 +219,13 @@ def _settings(pipe, class_noun, seed, prompts, matcher, choice, how):
     "What has to be equal for a folder to be gone on with, as plain values."
     judge = matcher and dict(model=weights_hash(matcher.model.named_parameters()), **choice)
     plain = lambda x: x.changes() if isinstance(x, Guidance) else {**_all_settings(x), '_class_name': type(x).__name__} if hasattr(x, 'config') else x.tolist() if hasattr(x, 'tolist') else str(x)
+    how = dict(how, scheduler=_named(how.get('scheduler')), tiling=getattr(pipe.vae, 'use_tiling', False)) # in the one way to say it, without what changes nothing
+    if 'size' in how: how['size'] = None if (size := _check_size(pipe, how['size'])) == _check_size(pipe, None) else size
+    if type(how.get('guidance')) is int: how['guidance'] = float(how['guidance'])
+    how = {k: v for k, v in json.loads(json.dumps(how, default=plain)).items() if k in ('steps', 'guidance') or v not in (None, False, '')}
     return json.loads(json.dumps(dict(model=fingerprint(pipe), class_noun=class_noun, seed=seed, prompts=prompts, matcher=judge, **how), default=plain))
 
-def _safe(noun): return re.sub(r'[\x00-\x1f /\\:*?"<>|]', '-', noun).lstrip('.')[:80] # as part of a folder's name
+def _safe(noun): return re.sub(r'[\x00-\x1f /\\:*?"<>|]', '-', noun).lstrip('.').encode(errors='ignore')[:80].decode(errors='ignore') # as part of a folder's name
 
 def _cache(settings):
     "The folder that the cache keeps for some settings."

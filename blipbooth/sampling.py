@@ -155,7 +155,7 @@ def _all_settings(scheduler):
     return {k: v for k, v in getattr(scheduler, 'config', scheduler).items() if k != '_use_default_values'}
 
 # %% ../nbs/08_sampling.ipynb #3d840e1d
-_marks = re.compile(r'\\[()]|[()]|:\s*([+-]?\d*\.?\d+)\s*\)')
+_marks = re.compile(r'\\[()]|[()]|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)')
 
 def parse_weights(
     prompt:str, # a prompt, perhaps with weights such as `(word:1.3)`
@@ -308,14 +308,19 @@ def predict(
     return answer_for(kind, clean, x, *scale), before
 
 # %% ../nbs/08_sampling.ipynb #3e7f2d4e
-def _remembering(forward, most=4):
-    "A layer's forward that works out each of the last few tensors once."
-    known = {}
+def _mark(x): return x.data_ptr(), 0 if x.is_inference() else x._version # changes when something is written into a tensor
+
+def _remembering(layer, most=4):
+    "A layer's forward that works out each of the last few tensors once, unless what it reads or has made was changed since."
+    forward, known, weights = layer.forward, {}, [*layer.parameters()]
+    def state(x): return [*map(_mark, (x, *weights)), hasattr(layer, 'scaling') and (str(layer.scaling), str(layer.active_adapters), layer.disable_adapters)]
     def remembered(x, *args, **kwargs):
-        if id(x) not in known:
+        now, had = state(x), known.get(id(x))
+        if had is None or had[1] != now or had[3] != _mark(had[2]):
             if len(known) == most: known.clear()
-            known[id(x)] = x, forward(x, *args, **kwargs) # x is kept as well, so that its id stays its own
-        return known[id(x)][1]
+            y = forward(x, *args, **kwargs)
+            known[id(x)] = x, now, y, _mark(y) # x is kept as well, so that its id stays its own
+        return known[id(x)][2]
     return remembered
 
 @contextmanager
@@ -326,7 +331,7 @@ def _text_once(unet):
     if cross and unet.config.addition_embed_type == 'text': layers.append(unet.add_embedding)
     was = [vars(o).get('forward') for o in layers]
     try:
-        for o in layers: o.forward = _remembering(o.forward)
+        for o in layers: o.forward = _remembering(o)
         yield
     finally:
         for o, f in zip(layers, was):
@@ -457,10 +462,12 @@ def _shown(callback, x, seen, answer, scale, last):
 def decode(
     pipe, # StableDiffusionPipeline
     latents, # clean latents (b, c, h, w)
+    generators=None, # one torch.Generator for each image, for a VAE that draws noise; None: noise 0, 1 … of `decode`
 )->list: # PIL images
     "Latents as pictures."
     latents = latents.to(pipe._execution_device, pipe.vae.dtype)
-    x = pipe.vae.decode(latents/pipe.vae.config.scaling_factor, return_dict=False)[0]
+    dice = dict(generator=generators or [generator('decode', i) for i in range(len(latents))]) if 'generator' in inspect.signature(pipe.vae.decode).parameters else {}
+    x = pipe.vae.decode(latents/pipe.vae.config.scaling_factor, return_dict=False, **dice)[0]
     x, refused = pipe.run_safety_checker(x, x.device, x.dtype)
     fine = None if refused is None else [not o for o in refused]
     x = pipe.image_processor.postprocess(x, output_type='pt', do_denormalize=fine)
@@ -511,7 +518,7 @@ def _doses(g, prompts, n):
 # %% ../nbs/08_sampling.ipynb #16c353f1
 def _check_size(pipe, size):
     "Height and width in pixels; the size that the model was trained for if `size` is None."
-    factor, own = pipe.vae_scale_factor, pipe.unet.config.sample_size
+    factor, own = pipe.vae_scale_factor, pipe.unet.config.sample_size or 64
     if size is None: size = [o*factor for o in ((own, own) if isinstance(own, int) else own)]
     unit, pair = math.lcm(8, factor), tuple(size) if hasattr(size, '__len__') else (size, size)
     if len(pair) != 2 or not all(isinstance(o, numbers.Integral) for o in pair): raise BoothError(f"size is {size!r}; it must be one whole number, or (height, width), in multiples of {unit}")
@@ -541,13 +548,18 @@ def _check_steps(scheduler, steps, strength=None):
     return len(scheduler.timesteps) - (0 if strength is None else _skipped(scheduler, steps, strength))
 
 # %% ../nbs/08_sampling.ipynb #eab35fd1
+_unasked = dict(class_embed_type=(), num_class_embeds=(), addition_embed_type=('text',), encoder_hid_dim_type=('text_proj',)) # what a UNet may ask for beside a text
+
 def _check_pipe(pipe):
     "Refuse what is no Stable Diffusion pipeline."
     parts = 'unet', 'vae', 'text_encoder', 'tokenizer', 'scheduler'
-    lacks = [o for o in parts if not hasattr(pipe, o)]
+    lacks = [o for o in parts if getattr(pipe, o, None) is None]
     if lacks or isinstance(pipe, type): raise BoothError(f"{pipe if isinstance(pipe, type) else type(pipe).__name__} is no pipeline to print with{f': it has no {lacks[0]}' if lacks else ''}; give a StableDiffusionPipeline, such as load_pipeline(), or its folder")
     takes, makes = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
     if takes != makes: raise BoothError(f"the UNet of this {type(pipe).__name__} takes {takes} channels, and latents have {makes}, so it was made for inpainting or editing; give a plain Stable Diffusion, which inpaints with init= and mask=")
+    more = [k for k, usual in _unasked.items() if pipe.unet.config.get(k) not in (None, *usual)]
+    if more: raise BoothError(f"the UNet of this {type(pipe).__name__} asks for more than a prompt ({more[0]}={pipe.unet.config[more[0]]!r}); unload its IP-Adapter, or give a plain Stable Diffusion")
+    if pipe.unet.config.out_channels != makes: raise BoothError(f"the UNet of this {type(pipe).__name__} answers with {pipe.unet.config.out_channels} channels, and latents have {makes}; give a plain Stable Diffusion")
     if hasattr(pipe, 'text_encoder_2'): raise BoothError(f"{type(pipe).__name__} reads prompts twice; only StableDiffusionPipeline works here (Stable Diffusion 1.x and 2.x)")
 
 def _check_numbers(n, batch, index):
@@ -668,7 +680,7 @@ def _print_batch(pipe, jobs, embeds, k, size, guidance, return_latents, **kwargs
     known, mask = (o if o is None else o.to(**where) for o in _known(pipe, jobs, size))
     latents = denoise(pipe, first.to(**where), _halves(pipe, jobs, embeds, k, guidance, where), guidance=guidance, known=known, mask=mask,
         generators=generators, **_guidance_input(pipe, doses), **kwargs)
-    return latents if return_latents else decode(pipe, latents)
+    return latents if return_latents else decode(pipe, latents, generators)
 
 # %% ../nbs/08_sampling.ipynb #17bc32b8
 def _out_of_memory(e):
@@ -719,13 +731,22 @@ def _print(pipe, jobs, batch, callback, long, restore_mean, steps_each, **kwargs
 # %% ../nbs/08_sampling.ipynb #b16a605f
 def _shared_name(name): return name.replace('_orig_mod.', '').replace('text_encoder.text_model.', 'text_encoder.') # what torch.compile and some versions of transformers put in
 
+_told = 'transformers_version dtype torch_dtype architectures model_type'.split() # of a part, not of what it does
+
+def _built(part):
+    "What a part was built with, where it is not the default of its class; weights tell little of it."
+    part, plain = getattr(part, '_orig_mod', part), lambda x: json.dumps(x, sort_keys=True, default=str)
+    if hasattr(part.config, 'to_dict'): made, usual = part.config.to_dict(), type(part.config)().to_dict() # of transformers
+    else: made, usual = part.config, {k: p.default for k, p in inspect.signature(type(part).__init__).parameters.items()}
+    return {k: v for k, v in made.items() if k[0] != '_' and k not in _told and not (k in usual and plain(v) == plain(usual[k]))}
+
 def fingerprint(
     pipe, # StableDiffusionPipeline
 )->str: # 16 hexadecimal digits
-    "A hash of the weights, the noise schedule, and what is switched on of adapters and FreeU, which decide what a pipeline draws."
+    "A hash of the weights, how the parts are built, the noise schedule, and what is switched on of adapters and FreeU, which decide what a pipeline draws."
     schedule = {k: v for k, v in pipe.scheduler.config.items() if k[0] != '_'} | {'_class_name': type(pipe.scheduler).__name__} # which a config has once it was saved
     parts = {o: getattr(pipe, o) for o in ('unet', 'text_encoder', 'vae')}
-    named, more = [(_shared_name(f'{part}.{name}'), p) for part, m in parts.items() for name, p in m.named_parameters()], json.dumps(schedule, sort_keys=True, default=str) + _switched(parts)
+    named, more = [(_shared_name(f'{part}.{name}'), p) for part, m in parts.items() for name, p in m.named_parameters()], json.dumps([schedule, {k: _built(m) for k, m in parts.items()}], sort_keys=True, default=str) + _switched(parts)
     seen = more, _glance(named)
     if vars(pipe).get('_glanced', (None,))[0] != seen: vars(pipe)['_glanced'] = seen, weights_hash(named, more)
     return vars(pipe)['_glanced'][1]
@@ -736,6 +757,7 @@ def _switched(parts):
     adapted = [(name, o) for name, o in layers if hasattr(o, 'scaling') and hasattr(o, 'active_adapters')]
     on = {name: {a: o.scaling.get(a) for a in o.active_adapters} for name, o in adapted if not o.disable_adapters and not o.merged}
     on.update({name: [o.b1, o.b2, o.s1, o.s2] for name, o in layers if getattr(o, 'b1', None) is not None})
+    if _custom(parts['unet']): on['attention'] = sorted({f'{type(o).__module__}.{type(o).__qualname__}' for o in parts['unet'].attn_processors.values()})
     return json.dumps(on, sort_keys=True) if on else ''
 
 def _glance(named):
@@ -794,6 +816,11 @@ def _check_scheduler(scheduler):
     more = [k for k, p in list(inspect.signature(scheduler.step).parameters.items())[3:] if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if more: raise _unusable(type(scheduler).__name__, f'its step asks for {more[0]}')
     return scheduler
+
+def _check_clean(scheduler):
+    "Refuse a scheduler without a table of timesteps, by which the clean picture is found on the way."
+    if not hasattr(scheduler, 'alphas_cumprod') or scheduler.config.get('timestep_type') == 'continuous':
+        raise _unusable(type(scheduler).__name__, "with 'apg' or a Preview, which find the clean picture by alphas_cumprod and whole timesteps")
 
 def _check_model(pipe, model, precision=None):
     "The fingerprint of the model; refuses another, or another precision, than the one asked for."
@@ -858,6 +885,7 @@ def sample(
     jobs = _jobs(pipe, prompt, negative, subject, seed, n, index, guidance, init, mask, long)
     size, own = _check_size(pipe, size), _own_scheduler(pipe, scheduler)
     if mask is not None: own = _for_masks(own)
+    if guidance.how == 'apg' or getattr(callback, 'clean', False): _check_clean(own)
     each = _check_steps(own, steps, strength)
     _check_masks(pipe, jobs, size)
     if model or precision or not return_latents: model = _check_model(pipe, model, precision)
@@ -936,7 +964,8 @@ def read_recipe(
 def _line(pipe, name, values, kwargs):
     "A print for each value of one parameter; in one batch where `sample` takes a list."
     many = {'prompt': str, 'negative': str, 'seed': int, 'guidance': (int, float)}
-    if name not in many or not all(isinstance(o, many[name]) for o in values): return [sample(pipe, **{**kwargs, name: o})[0] for o in values]
+    lists = any(isinstance(kwargs.get(k), (list, tuple)) for k in ('negative', 'seed', 'guidance', 'init', 'mask')) # of one, for the one prompt
+    if lists or name not in many or not all(isinstance(o, many[name]) for o in values): return [sample(pipe, **{**kwargs, name: o})[0] for o in values]
     prompts = {} if name == 'prompt' else dict(prompt=[kwargs['prompt']]*len(values))
     return sample(pipe, **{**kwargs, **prompts, name: list(values)})
 
