@@ -13,7 +13,7 @@ from numbers import Integral
 from pathlib import Path
 from fastcore.basics import listify, patch
 from fastcore.foundation import L
-from .callbacks import Best, Checkpoints, track_report
+from .callbacks import Best, Checkpoints, Interrupts, track_report
 from .captioning import Caption, Captioner
 from .concept import Concept, check_name, read_captions
 from .core import BoothError, Settings, atomic_write, out_dir, read_jsonl, resolve_model, save_json
@@ -282,7 +282,7 @@ def train(self:Booth,
         pipe = load_pipeline(self.cfg.model or None, device=self.device)
         judges = [self.judge(pipe)] if self.cfg.checkpoint.best else []
         self.learner = build_learner(pipe, concepts, self.cfg, self.out, resume=True, cbs=[_Accepted(self), *judges, *cbs], anyway=anyway).fit()
-    if self.learner.cancelled and not any(getattr(c, 'stop', False) for c in judges): raise KeyboardInterrupt(self.learner.cancelled)
+    if any(isinstance(c, Interrupts) and c.got for c in self.learner.cbs): raise KeyboardInterrupt(self.learner.cancelled)
     return self.learner
 
 # %% ../nbs/20_booth.ipynb #b6ae485b

@@ -200,7 +200,8 @@ def whole(
     try: sums = (state := load_json(Path(folder)/'state.json'))['sums'].items()
     except (BoothError, OSError, ValueError, KeyError, TypeError, AttributeError): return False
     if state.get('sum') != _sum(state): return False
-    return all((Path(folder)/n).exists() and file_hash(Path(folder)/n) == h for n, h in sums)
+    if {f.name for f in Path(folder).glob('*.safetensors')} - dict(sums).keys(): return False  # a file from elsewhere
+    return all((Path(folder)/n).is_file() and file_hash(Path(folder)/n) == h for n, h in sums)
 
 @torch.no_grad()
 def load_weights(
@@ -290,10 +291,12 @@ class Checkpoints(Callback):
         return self.folder/os.readlink(link) if link.is_symlink() else None
 
     def save(self):
-        "Write this step's checkpoint, then let go of the oldest up to it; a damaged one beyond it counts for nothing."
-        now = self.folder/f'step-{self.learn.step:06d}'
+        "Write this step's checkpoint."
         self.learn('before_save')
-        save_checkpoint(self.learn, now, self.info)
+        save_checkpoint(self.learn, self.folder/f'step-{self.learn.step:06d}', self.info)
+
+    def thin(self):
+        "Let go of the oldest up to this step, but for the best; a damaged one beyond it counts for nothing."
         for f in [f for f in self.found() if checkpoint_step(f) <= self.learn.step][:-self.keep]:
             if f != self.best(): shutil.rmtree(f)
 
@@ -371,13 +374,20 @@ def attempt(self:Checkpoints): # what went wrong, or ''
     try:
         if self.learn.accelerator.is_main_process: self.save()
     except (OSError, SafetensorError) as e: said = getattr(e, 'strerror', '') or str(e).splitlines()[0]
-    if not _anyone(self.learn.accelerator, bool(said)): self.learn('after_save')
+    if not _anyone(self.learn.accelerator, bool(said)):
+        self.learn('after_save')
+        if self.learn.accelerator.is_main_process: self.thin()
     return said
 
 @patch
 def after_step(self:Checkpoints):
     if self.learn.step == self.learn.steps or not self.due(): return
     if said := self.attempt(): warnings.warn(f'step {self.learn.step} could not be saved ({said}); training goes on, the last good checkpoint is {self.last() or "none"}', stacklevel=2)
+
+@patch
+def after_cancel(self:Checkpoints):
+    "What was learned until a callback ended it is kept."
+    if self.learn.step and not whole(self.folder/f'step-{self.learn.step:06d}'): self.after_fit()
 
 @patch
 def after_fit(self:Checkpoints):
@@ -398,10 +408,7 @@ class Interrupts(Callback):
     def after_step(self):
         acc = self.learn.accelerator
         if acc.num_processes > 1: self.got = int(max(acc.gather(torch.tensor([self.got or 0], device=acc.device)).tolist()))
-        if not self.got: return
-        for c in self.learn.cbs:
-            if isinstance(c, Checkpoints): c.after_fit()
-        raise CancelFit(f'stopped by {signal.Signals(self.got).name} after step {self.learn.step}')
+        if self.got: raise CancelFit(f'stopped by {signal.Signals(self.got).name} after step {self.learn.step}')
 
     def cleanup(self):
         for s, h in getattr(self, 'old', {}).items(): signal.signal(s, h)

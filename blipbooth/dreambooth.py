@@ -226,14 +226,24 @@ def _from_file(path):
     given = OmegaConf.load(path)
     if not OmegaConf.is_dict(given): raise BoothError(f"{path} is a list and holds no keys; write them one a line, such as lr: 1e-5")
     for k in [k for k in given if '.' in str(k)]: OmegaConf.update(given, k, given.pop(k))
+    plain = OmegaConf.to_container(given)
+    listed = plain.get('concepts') if isinstance(plain.get('concepts'), list) else []
+    for o, cls in [(plain, DreamBoothConfig), *((c, ConceptConfig) for c in listed if isinstance(c, dict))]: _check_texts(o, cls, path)
     return given
+
+def _check_texts(given, cls, path):
+    "Refuse a text that YAML reads as something else: 007 as 7, no as false."
+    for k, (default, _) in config_fields(cls).items():
+        v = given
+        for part in k.split('.'): v = v.get(part) if isinstance(v, dict) else None
+        if isinstance(default, str) and k not in _CHOICES and isinstance(v, (bool, int, float)): raise BoothError(f"{k} is a text, and YAML reads {v!r} in {path}; write it in quotes")
 
 def _merge(path, overrides):
     given = _from_file(path) if path else OmegaConf.create()
     bad = [o for o in overrides if '=' not in o]
     if bad: raise BoothError(f"{bad[0]!r} is not key=value; write it as, say, lr=1e-5")
     said = OmegaConf.from_dotlist([_written(o) for o in overrides])
-    layers = [preset(given.get('preset')), given, preset(said.get('preset')), said]  # an override beats the file, and both beat the preset they name
+    layers = [given, preset(said.get('preset')), said] if 'preset' in said else [preset(given.get('preset')), given, said]  # an override beats the file, and each beats the preset it names
     return OmegaConf.to_container(OmegaConf.merge(*layers))
 
 # %% ../nbs/13_dreambooth.ipynb #17835b82
@@ -298,6 +308,7 @@ def check(self:DreamBoothConfig):
     "Refuse values that cannot work; returns self."
     self._typed()
     for k, lo in _LEAST.items():
+        if not math.isfinite(_get(self, k) or 0): raise BoothError(f"{k}={_get(self, k)} is no number to count with; lower it")
         if not (_get(self, k) is None or _get(self, k) >= lo): raise BoothError(f"{k}={_get(self, k)} is below {lo}; raise it")
     for k, hi in _MOST.items():
         if (_get(self, k) or 0) > hi: raise BoothError(f"{k}={_get(self, k)} is above {hi}; lower it")

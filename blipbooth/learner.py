@@ -6,9 +6,10 @@
 __all__ = ['CancelFit', 'Callback', 'Learner']
 
 # %% ../nbs/11_learner.ipynb #b29c839a
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 import torch
 from fastcore.basics import patch, store_attr
+from .core import stateless_seed
 
 # %% ../nbs/11_learner.ipynb #cb381bd6
 class CancelFit(Exception):
@@ -41,9 +42,12 @@ class Learner:
         for c in self.cbs: c.learn = self
 
     def __call__(self, moment):
-        "Tell every callback that a moment has come."
+        "Tell every callback that a moment has come; one that ends the training here does so once all have been told."
+        ends = None
         for c in self.cbs:
-            if hasattr(c, moment): getattr(c, moment)()
+            try: getattr(c, moment, lambda: None)()
+            except CancelFit as e: ends = ends or e
+        if ends: raise ends
 
 # %% ../nbs/11_learner.ipynb #496946e5
 @patch
@@ -61,10 +65,13 @@ def fit(self:Learner):
             self.step += 1
             self('after_step')
         self('after_fit')
-    except CancelFit as e: self.cancelled = str(e)
+    except CancelFit as e:
+        self.cancelled = str(e) or 'ended by a callback'
+        self('after_cancel')
     finally:
         self.model.eval()
-        self('cleanup')
+        with ExitStack() as each:  # whatever one of them raises, the others clean up
+            for c in reversed(self.cbs): each.callback(getattr(c, 'cleanup', lambda: None))
     return self
 
 # %% ../nbs/11_learner.ipynb #ac6bc5fc
@@ -72,6 +79,14 @@ def _sent(x, device):
     "A tensor on a device, and anything else as it is."
     if not torch.is_tensor(x): return x
     return x.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' and x.device.type == 'cpu' else x.to(device)
+
+@contextmanager
+def _dice(self, turn):
+    "What a model draws while it trains, such as dropout, is a function of the seed and the micro-batch; the caller's dice stay."
+    device = self.accelerator.device
+    with torch.random.fork_rng([device] if device.type == 'cuda' else []):
+        torch.manual_seed(stateless_seed(getattr(self.data, 'seed', 0), 'training', turn))
+        yield
 
 @patch
 def one_step(self:Learner):
@@ -81,11 +96,12 @@ def one_step(self:Learner):
     for m in range(self.accumulate):
         turn = (self.step*self.accumulate + m)*acc.num_processes + acc.process_index
         self.batch = {k: _sent(v, acc.device) for k, v in self.data.batch(turn*self.batch_size, self.batch_size).items()}
-        with acc.no_sync(self.net) if m < self.accumulate - 1 else nullcontext():
+        with _dice(self, turn), acc.no_sync(self.net) if m < self.accumulate - 1 else nullcontext():
             with acc.autocast(): self.loss = self.loss_fn(self.net, self.batch)
             acc.backward(self.loss['loss']/self.accumulate)
         for k, v in self.loss.items(): total[k] = total.get(k, 0) + v.detach().float()/self.accumulate
     if self.clip: self.grad_norm = acc.clip_grad_norm_(self.params, self.clip)
+    else: self.grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])
     self.losses = dict(zip(total, acc.reduce(torch.stack([*total.values()]), 'mean').tolist()))
     self('after_loss')
     self('after_backward')

@@ -510,8 +510,9 @@ class prior_prediction(_ClassHalf):
         "Class samples: the subject's latents in noise of their own, with the frozen model's answer as target."
         (gens, t), which, where = self.dice(ks), [k % len(self.prompts) for k in ks], dict(device=self.pipe.device, dtype=torch.float32)
         noise = torch.stack([torch.randn(b['latents'].shape[1:], generator=g) for g in gens]).to(**where)
-        a, s = (o.to(**where) for o in alpha_sigma(self.pipe.scheduler, t))
+        asked = getattr(getattr(getattr(self, 'learn', None), 'loss_fn', None), 'times', lambda t: t)(t)  # where the loss will move it to
+        a, s = (o.to(**where) for o in alpha_sigma(self.pipe.scheduler, asked))
         xt, dtype = add_noise(b['latents'].to(**where)*self.scale, noise, a, s), self.pipe.unet.dtype
-        answer = self.pipe.unet(xt.to(dtype), t.to(where['device']), self.context[which].to(where['device'], dtype), return_dict=False)[0].float()
+        answer = self.pipe.unet(xt.to(dtype), asked.to(where['device']), self.context[which].to(where['device'], dtype), return_dict=False)[0].float()
         x0 = predict_x0(self.pipe.scheduler.config.prediction_type, answer, xt, a, s)
         return dict(latents=x0/self.scale, noise=answer_for('epsilon', x0, xt, a, s), t=t, **self.more(ks, b, which, silent=True))
