@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'TrainConfig', 'PriorConfig', 'LossConfig', 'CheckpointConfig', 'PrintsConfig', 'DataConfig',
            'ConceptConfig', 'DreamBoothConfig', 'preset', 'config_fields', 'check_photos', 'load_concepts', 'Trained',
-           'choose_parts', 'FrozenConv2d', 'LeanGEGLU', 'FrozenGroupNorm', 'LeanSiLU', 'remember_less', 'FusedLora',
+           'choose_parts', 'LeanConv2d', 'LeanGEGLU', 'FrozenGroupNorm', 'LeanSiLU', 'remember_less', 'FusedLora',
            'fuse_lora', 'token_rows', 'parameter_table', 'DreamBoothLoss', 'suited_steps', 'suited_priors',
            'learning_rates', 'parameter_groups', 'lr_factor', 'make_optimizer', 'make_schedule', 'check_named',
            'resolution', 'data_options', 'made_with', 'idle_keys', 'check_run', 'spare_parts', 'run_callbacks',
@@ -39,7 +39,7 @@ from .decoding import quiet_transformers
 from .concept import Concept, DataOptions, check_name, check_weights, fitted_masks, load_masks, training_set, training_views, _step
 from .core import BoothError, atomic_dir, atomic_write, file_hash, nearest, stateless_seed, _check_name
 from .diffusion import add_noise, alpha_sigma, debiased_weight, logit_normal, min_snr_weight, p2_weight, prior_loss, snr, target
-from .layers import attend_narrowly, conv2d, gathered_conv2d_input, gathering_suits, winograd_conv2d, winograd_suits
+from .layers import attend_narrowly, conv2d, gathered_conv2d_input, gathering_suits, pointwise_conv2d, pointwise_suits, winograd_conv2d, winograd_suits
 from .learner import Learner
 from .priors import load_priors
 from .sampling import fill, is_small, load_pipeline, make_scheduler, suited_guidance, _check_pipe, _check_prompts, _check_steps
@@ -432,16 +432,18 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         (w,), (stride, padding, dilation, groups) = ctx.saved_tensors, ctx.how
+        if pointwise_suits(g, w, *ctx.how): return pointwise_conv2d(g, w.transpose(0, 1)), *[None]*6
         if winograd_suits(g, w.transpose(0, 1), *ctx.how): return winograd_conv2d(g, w.transpose(0, 1).flip(2, 3)), *[None]*6
         x = g.new_empty(ctx.size)  # never read: it stands for the input's shape
         if gathering_suits(x, w, *ctx.how): return gathered_conv2d_input(ctx.size, w, g, stride, padding), *[None]*6
         dx = torch.ops.aten.convolution_backward(g, x, w.to(g.dtype), None, stride, padding, dilation, False, [0, 0], groups, [True, False, False])[0]
         return dx.to(ctx.dtype), *[None]*6
 
-class FrozenConv2d(torch.nn.Conv2d):
-    "A `Conv2d` that forgets its input as long as its weights are frozen."
+class LeanConv2d(torch.nn.Conv2d):
+    "A `Conv2d` that forgets its input as long as its weights are frozen, and one of one pixel by `pointwise_conv2d` where that is quicker."
     def _conv_forward(self, x, weight, bias):
         learns = weight.requires_grad or bias is not None and bias.requires_grad
+        if learns and pointwise_suits(x, weight, self.stride, self.padding, self.dilation, self.groups): return pointwise_conv2d(x, weight, bias)
         if learns or not x.requires_grad or self.padding_mode != 'zeros' or isinstance(self.padding, str): return super()._conv_forward(x, weight, bias)
         return _Frozen.apply(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
@@ -494,7 +496,7 @@ class LeanSiLU(torch.nn.SiLU):
     "A `SiLU` that forgets its input where a frozen norm can make it again."
     def forward(self, x): return _SiLU.apply(x, *x.made_of) if hasattr(x, 'made_of') and not self.inplace else super().forward(x)
 
-_LEAN = {torch.nn.Conv2d: FrozenConv2d, torch.nn.GroupNorm: FrozenGroupNorm, torch.nn.SiLU: LeanSiLU, GEGLU: LeanGEGLU}
+_LEAN = {torch.nn.Conv2d: LeanConv2d, torch.nn.GroupNorm: FrozenGroupNorm, torch.nn.SiLU: LeanSiLU, GEGLU: LeanGEGLU}
 
 def remember_less(
     net, # a module; its layers change their class, not their weights

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['winograd_matrices', 'winograd_conv2d', 'winograd_suits', 'gathered_conv2d', 'gathered_conv2d_input',
-           'gathering_suits', 'conv2d', 'FusedGEGLU', 'attend', 'NarrowHeads', 'attend_narrowly', 'compiled', 'watched',
-           'quick']
+           'gathering_suits', 'pointwise_conv2d', 'pointwise_suits', 'conv2d', 'FusedGEGLU', 'attend', 'attend_at_once',
+           'NarrowHeads', 'attend_narrowly', 'compiled', 'watched', 'quick']
 
 # %% ../nbs/06_layers.ipynb #f6194662
 import platform
@@ -135,10 +135,37 @@ def _channels_a_pixel(x, weight, stride): # of the output, near enough; 0 where 
     return min(weight.shape[:2])/(len(x)*-(-x.shape[2]//stride[0])*-(-x.shape[3]//stride[1]))
 
 # %% ../nbs/06_layers.ipynb #c0a2912a
-def conv2d(x, weight, bias, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1):
-    "`F.conv2d` without gradients, by the quickest of the three ways."
+def pointwise_conv2d(
+    x, # (b, c, h, w)
+    weight, # (out, c, 1, 1)
+    bias=None, # (out,)
+): # (b, out, h, w)
+    "`F.conv2d` of one pixel: for each picture one matrix product."
+    w, pixels = weight.flatten(1).expand(len(x), -1, -1), x.flatten(2)
+    y = torch.bmm(w, pixels) if bias is None else torch.baddbmm(bias[:, None], w, pixels)
+    return y.unflatten(2, x.shape[2:])
+
+def pointwise_suits(
+    x, # (b, c, h, w)
+    weight, # (out, c, k, k)
+    stride, padding, dilation, groups, # as `F.conv2d` takes them
+)->bool: # is the convolution one that `pointwise_conv2d` can do, and does it gain?
+    "Whether to convolve by `pointwise_conv2d`; where the weights learn, few of them, for each picture has its own gradient of them."
+    if weight.shape[2:] != (1, 1) or (stride, padding, groups) != ((1, 1), (0, 0), 1) or x.ndim != 4 or not x.dtype == weight.dtype == torch.float32: return False
+    if x.device.type != 'cpu' or not _intel() or torch.is_autocast_enabled('cpu') or torch.compiler.is_compiling(): return False
+    return not (torch.is_grad_enabled() and weight.requires_grad) or weight.numel() < 1<<18
+
+# %% ../nbs/06_layers.ipynb #ed3a230e
+def conv2d(
+    x, # (b, c, h, w)
+    weight, # (out, c, k, l)
+    bias, # (out,), or None
+    stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, # as `F.conv2d` takes them, in pairs
+): # (b, out, h', w')
+    "`F.conv2d` without gradients, by the quickest of the four ways."
     how = stride, padding, dilation, groups
     if torch.is_autocast_enabled('cpu'): return F.conv2d(x, weight, bias, *how)
+    if pointwise_suits(x, weight, *how): return pointwise_conv2d(x, weight, bias)
     if winograd_suits(x, weight, *how): return winograd_conv2d(x, weight, bias)
     if gathering_suits(x, weight, *how): return gathered_conv2d(x, weight, bias, stride, padding)
     return F.conv2d(x.contiguous() if _channels_a_pixel(x, weight, stride) >= 1 else x, weight, bias, *how)
@@ -192,19 +219,28 @@ def attend(
     "softmax(q kᵀ / √d) v."
     return _Attend.apply(q, k, v)
 
+def attend_at_once(
+    q, # (b, heads, n, d)
+    k, v, # (b, heads, m, d)
+): # (b, n, heads·d)
+    "`attend` as the formula stands, with all weights side by side: for few keys."
+    return ((q*q.shape[-1]**-.5 @ k.transpose(-1, -2)).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
 class NarrowHeads(AttnProcessor2_0):
-    "diffusers' attention; by `attend` on a CPU, but for Intel's, where heads are at most 32 wide and the weights of a picture are few enough for the cache."
+    "diffusers' attention; on a CPU, where heads are at most 32 wide, by `attend` if the weights of a picture are few enough for the cache; on Intel's, without gradients, by `attend_at_once` if all of them are."
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, **kwargs):
         x, context = hidden_states, hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        if kwargs or attention_mask is not None or not _narrow(attn, x, context): return super().__call__(attn, x, encoder_hidden_states, attention_mask, temb, **kwargs)
+        way = None if kwargs or attention_mask is not None else _narrow(attn, x, context)
+        if way is None: return super().__call__(attn, x, encoder_hidden_states, attention_mask, temb, **kwargs)
         q, k, v = (o.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for o in (attn.to_q(x), attn.to_k(context), attn.to_v(context)))
-        return attn.to_out[1](attn.to_out[0](attend(q, k, v)))
+        return attn.to_out[1](attn.to_out[0](way(q, k, v)))
 
-def _narrow(attn, x, context):
-    if torch.is_autocast_enabled('cpu') or torch.compiler.is_compiling() or _intel(): return False
-    if not x.dtype == context.dtype == torch.float32 or x.device.type != 'cpu' or x.ndim != 3 or not _plain(attn): return False
+def _narrow(attn, x, context): # the way that is quicker than fused attention, or None
+    if torch.is_autocast_enabled('cpu') or torch.compiler.is_compiling() or attn.inner_dim > 32*attn.heads: return None
+    if not x.dtype == context.dtype == torch.float32 or x.device.type != 'cpu' or x.ndim != 3 or not _plain(attn): return None
     looks = attn.heads*x.shape[1]*context.shape[1]
-    return attn.inner_dim <= 32*attn.heads and looks <= 1<<20 and (looks > 1<<15 or not torch.is_grad_enabled()) # backward of few is quicker all at once
+    if _intel(): return attend_at_once if context.shape[1] < 32 and not torch.is_grad_enabled() and looks*len(x) <= 1<<20 else None
+    return attend if looks <= 1<<20 and (looks > 1<<15 or not torch.is_grad_enabled()) else None # backward of few is quicker fused
 
 @lru_cache
 def _intel():
