@@ -302,7 +302,9 @@ def judge(self:Booth,
 
 # %% ../nbs/20_booth.ipynb #8af02e62
 @patch
-def guidance(self:Booth, pipe) -> float:
+def guidance(self:Booth,
+    pipe, # StableDiffusionPipeline that prints
+) -> float:
     "The guidance of a booth's prints: the configured one, or what suits the model."
     return self.cfg.prints.guidance or suited_guidance(pipe)
 

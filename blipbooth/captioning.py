@@ -362,7 +362,7 @@ def _check_groups(config):
     g, k, penalty = 1 if config.num_beam_groups is None else config.num_beam_groups, config.num_beams, config.diversity_penalty or 0.
     if type(g) is not int or g < 1: raise BoothError(f"num_beam_groups={g!r}; it must be a whole number of 1 or more")
     if penalty and g == 1: raise BoothError(f"diversity_penalty={penalty} does nothing without groups; add num_beam_groups=2 or more, or leave it out")
-    if k % g: raise BoothError(f"num_beam_groups={g} does not divide num_beams={k}; give num_beams={k//g*g or g} or {(k//g + 1)*g}")
+    if k % g: raise BoothError(f"num_beam_groups={g} does not divide num_beams={k}; give num_beams={' or '.join(map(str, dict.fromkeys([k//g*g or g, (k//g + 1)*g])))}")
     if g > 1 and config.do_sample: raise BoothError(f"num_beam_groups={g} with do_sample=True contradict each other; leave one of them out")
     if g > 1 and config.force_words_ids: raise BoothError(f"num_beam_groups={g} with words to force: one search cannot do both; leave one of them out")
 
@@ -894,7 +894,7 @@ def name_subject(
     noun:str, # what it is, such as dog
     synonyms=(), # other words for it, such as puppy
 )->str: # the sentence with `token noun` in it, or unchanged if it holds none of the words
-    "Put the subject's name in the place of its noun and its article."
+    "Put the subject's name in the place of its noun and its article, in a caption to keep: `token noun` without an article, nothing where no word fits (see `concept.personalise` for captions to train with)."
     words = '|'.join(re.escape(o) for o in sorted([noun, *synonyms], key=len, reverse=True))
     return re.sub(rf'(?<![\w-])(?:(?:an?|the) )?(?:{re.escape(token)} )?(?:{words})(?![\w-])', lambda m: f'{token} {noun}', caption, count=1, flags=re.I)
 

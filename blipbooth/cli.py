@@ -163,15 +163,15 @@ def _config(args, run):
     from blipbooth.dreambooth import DreamBoothConfig
     files, overrides = [c for c in args if '=' not in c], [c for c in args if '=' in c]
     if len(files) > 1: raise BoothError(f"{len(files)} config files ({', '.join(files)}); give one, and key=value for the rest")
-    own = [_run_file(run, 'config.yaml')] if run else []
+    own = [_run_config(run)] if run else []
     return DreamBoothConfig.load(*(files or own or [None]), *overrides)
 
-def _run_file(run, name):
-    "A file of a run folder."
+def _run_config(run):
+    "The configuration that a run folder holds."
     from pathlib import Path
     from blipbooth.core import BoothError
-    if not (Path(run)/name).is_file(): raise BoothError(f"{run} is no run folder: it has no {name}; give the folder a training run wrote")
-    return Path(run)/name
+    if not (Path(run)/'config.yaml').is_file(): raise BoothError(f"{run} is no run folder: it has no config.yaml; give the folder a training run wrote")
+    return Path(run)/'config.yaml'
 
 def _dry_run(booth):
     "Print what would train and what it takes; leaves nothing behind."

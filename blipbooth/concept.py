@@ -33,7 +33,7 @@ def personalise(
     token:str,      # the rare token, such as "sks"
     class_noun:str, # what the subject is, such as "fox"
 ) -> str:           # the caption with the subject's name
-    "Put the subject's name in the place of the class noun and its article."
+    "Put the subject's name in the place of the class noun and its article, as a caption to train with: always with an article, and the name alone where the noun is missing (see `name_subject` for captions to keep)."
     subject = f'{token} {class_noun}'
     out, n = re.subn(rf'(?<![\w-])(?:(an?|the) )?((?:small|large) )?{re.escape(class_noun)}(?![\w-])', lambda m: f"{m[1] and 'a ' or ''}{m[2] or ''}{subject}", str(caption), count=1, flags=re.I)
     return out if n else f'a {subject}'

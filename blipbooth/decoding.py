@@ -124,8 +124,11 @@ class ImageCache(DynamicCache):
 
 # %% ../nbs/02_decoding.ipynb #9a5a6239
 @patch
-def update(self:ImageCache, keys, values, layer_idx):
-    "Add a layer's new keys and values, both (n, heads, t, d); all of its words so far."
+def update(self:ImageCache,
+    keys, values, # of new words, both (n, heads, t, d)
+    layer_idx, # of the decoder's layers, from 0
+): # (2, n, heads, words so far, d)
+    "Add a layer's new keys and values to those of its words so far."
     both = self.words[:, layer_idx].transpose(2, 3)
     for held, new in zip(both, (keys, values)): held.index_copy_(2, self.at, new)
     return both[..., :self.shown, :]
@@ -316,7 +319,13 @@ class FastDecoder(BlipTextLMHeadModel):
 
 # %% ../nbs/02_decoding.ipynb #ceb34ef0
 @patch
-def next_logits(self:FastDecoder, cache, ids, positions, mask, keep=0):
+def next_logits(self:FastDecoder,
+    cache,     # ImageCache
+    ids,       # (n, t) new words
+    positions, # (n, t) their places
+    mask,      # which words each may look at, from `visible`
+    keep=0,    # of how many last words the logits are wanted; 0: all
+): # (n, t, words)
     "The decoder itself; `cache.at` and `cache.shown` say where the words go and how far they look."
     x = self.bert.embeddings(input_ids=ids, position_ids=positions)
     for layer in self.bert.encoder.layer: x = text_layer(layer, x, cache, mask)

@@ -267,6 +267,7 @@ def show_grid(
     cell:int=96, # width of a picture in pixels
 )->Image.Image: # one picture
     "Pictures side by side, with labels under them."
+    if cols < 1: raise BoothError(f"cols is {cols}; a row has at least 1 picture")
     images, font = load_images(images), _font(cell)
     labels = [_wrap(o, font, cell) for o in ([] if titles is None else titles)]
     if titles is not None and len(labels) != len(images):

@@ -284,8 +284,12 @@ def _stand_ins(model): # (layer, attribute, what stands in)
     inside = {id(o.proj) for o in gates}
     yield from ((o, 'forward', FusedGEGLU(o).forward) for o in gates)
     yield from ((o, 'forward', PackedLinear(o).forward) for o in mine if packable(o) and id(o) not in inside)
-    yield from ((o, 'processor', NarrowHeads()) for o in _fused(model))
+    yield from ((o, k, new) for o in _fused(model) for k, new in (('processor', NarrowHeads()), ('forward', partial(_attended, o))))
     yield from ((o, 'forward', partial(_convolved, o)) for o in mine if isinstance(o, torch.nn.Conv2d) and o.padding_mode == 'zeros' and not isinstance(o.padding, str))
+
+def _attended(attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs): # without a look at what the processor takes, which diffusers has at every call
+    if kwargs: return Attention.forward(attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
+    return attn.processor(attn, hidden_states, encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask)
 
 def _convolved(layer, x): return conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
 

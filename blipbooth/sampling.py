@@ -387,9 +387,9 @@ def _custom(unet):
     return any(type(o).__module__.split('.')[0] not in ('diffusers', 'blipbooth') for o in unet.attn_processors.values())
 
 @contextmanager
-def _replaying(unet, x):
-    "While it lasts, the UNet's forward is replayed where it can be."
-    if not _recordable(unet, x):
+def _replaying(unet, x, callback=None):
+    "While it lasts, the UNet's forward is replayed where it can be; not where somebody's callback might turn an adapter or FreeU on the way."
+    if not _recordable(unet, x) or getattr(callback, 'theirs', callback is not None):
         yield
         return
     unet.forward = _Replayed(unet.forward, _cuda_graph)
@@ -437,7 +437,7 @@ def denoise(
     whole, skipped, before = len(scheduler.timesteps), 0 if known is None else _skipped(scheduler, steps, strength), None
     x, timesteps = _begin(scheduler, noise, skipped, known, mask)
     texts, clean = _Texts(texts), guidance.how == 'apg' or getattr(callback, 'clean', False)
-    with _replaying(pipe.unet, noise), _text_once(pipe.unet):
+    with _replaying(pipe.unet, noise, callback), _text_once(pipe.unet):
         for i, (t, there) in enumerate(zip(timesteps, timesteps.to(noise.device))):
             seen, scale = scheduler.scale_model_input(x, t), _scale(scheduler, t) if clean else None
             answer, before = predict(pipe, seen, there, texts, guidance, guidance.at(i+skipped, whole), before, scale, **kwargs)
@@ -716,6 +716,7 @@ def _print(pipe, jobs, batch, callback, long, restore_mean, steps_each, **kwargs
         bar.update(len(done)*of + step - bar.n)
         if callback: callback(len(done)*of + step, bar.total, latents)
     tick.clean = getattr(callback, 'clean', False)
+    tick.theirs = callback is not None and not tick.clean # a preview only looks
     with bar, _inference(pipe), quick(pipe.unet, pipe.vae):
         embeds, pieces = _tried_texts(pipe, jobs, long, restore_mean)
         todo = [(o, k) for k, same in itertools.groupby(zip(jobs, pieces), key=lambda o: o[1]) for o in chunked([j for j, _ in same], batch)]
