@@ -676,10 +676,12 @@ def plot_losses(
     records = log if isinstance(log, list) else read_jsonl(log)
     if not records: raise BoothError(f"{log} holds no losses yet; train first")
     ax = ax or Figure(figsize=(5, 2.6), dpi=70, layout='constrained').subplots()
-    for name in ('loss', *(k for k in records[0] if k not in ('step', 'loss') and any(r.get('prior') for r in records))):  # without class images the subject's is the whole loss
+    names = [k for k in records[0] if k != 'step' and any(r[k] for r in records)]
+    if {*names} == {'loss', 'subject'}: names = ['loss']  # without class images they are one
+    for name in names:
         avg, curve = None, []
         for r in records: curve.append(avg := r[name] if avg is None else smooth*avg + (1 - smooth)*r[name])
-        if any(curve): ax.plot([r['step'] for r in records], curve, label=name)
+        ax.plot([r['step'] for r in records], curve, label=name)
     ax.set(xlabel='step', ylabel='loss, smoothed' if smooth else 'loss')
     ax.legend(frameon=False)
     return ax
