@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['winograd_matrices', 'winograd_conv2d', 'winograd_suits', 'gathered_conv2d', 'gathered_conv2d_input',
-           'gathering_suits', 'pointwise_conv2d', 'pointwise_suits', 'conv2d', 'FusedGEGLU', 'attend', 'attend_at_once',
-           'NarrowHeads', 'attend_narrowly', 'compiled', 'watched', 'quick']
+           'gathering_suits', 'pointwise_conv2d', 'pointwise_suits', 'conv2d', 'FusedGEGLU', 'attend',
+           'attend_unshifted', 'NarrowHeads', 'attend_narrowly', 'compiled', 'watched', 'quick']
 
 # %% ../nbs/06_layers.ipynb #f6194662
 import platform
@@ -219,15 +219,30 @@ def attend(
     "softmax(q kᵀ / √d) v."
     return _Attend.apply(q, k, v)
 
-def attend_at_once(
-    q, # (b, heads, n, d)
+# %% ../nbs/06_layers.ipynb #d0cdd0d8
+@torch.no_grad()
+def attend_unshifted(
+    q, # (b, heads, n, d) float32
     k, v, # (b, heads, m, d)
-): # (b, n, heads·d)
-    "`attend` as the formula stands, with all weights side by side: for few keys."
-    return ((q*q.shape[-1]**-.5 @ k.transpose(-1, -2)).softmax(-1) @ v).transpose(1, 2).flatten(2)
+    room:int=1<<19, # exponentials held at once, if one picture has fewer
+): # (b, n, heads·d); carries no gradient
+    "`attend` by exponentials as they are, or by fused attention where they leave what float32 holds."
+    (b, h, n, d), m = q.shape, k.shape[2]
+    some, values = min(b, max(1, room//(h*n*m))), F.pad(v, (0, 1), value=1.) # pictures at a time
+    looks, out = q.new_empty(some*h, m, n), q.new_empty(b*h, d + 1, n)
+    for i in range(0, b, some):
+        these = slice(i*h, min(i + some, b)*h)
+        ki, qi, vi, e = *(o[i:i+some].flatten(0, 1) for o in (k, q, values)), looks[:these.stop-these.start]
+        torch.baddbmm(e, ki, qi.mT, beta=0, alpha=d**-.5, out=e).exp_()
+        torch.bmm(vi.mT, e, out=out[these])
+    made, sums = out.unflatten(0, (b, h)).permute(0, 3, 1, 2).split((d, 1), 3)
+    least, most = sums.aminmax()
+    if 1e-30 < least and most < 1e30: return (made/sums).flatten(2)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
+# %% ../nbs/06_layers.ipynb #a3dd39ac
 class NarrowHeads(AttnProcessor2_0):
-    "diffusers' attention; on a CPU, where heads are at most 32 wide, by `attend` if the weights of a picture are few enough for the cache; on Intel's, without gradients, by `attend_at_once` if all of them are."
+    "diffusers' attention; on a CPU, where heads are at most 32 wide, by `attend` if the weights of a picture are few enough for the cache; on Intel's, without gradients only, by `attend_unshifted`."
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, **kwargs):
         x, context = hidden_states, hidden_states if encoder_hidden_states is None else encoder_hidden_states
         way = None if kwargs or attention_mask is not None else _narrow(attn, x, context)
@@ -239,7 +254,7 @@ def _narrow(attn, x, context): # the way that is quicker than fused attention, o
     if torch.is_autocast_enabled('cpu') or torch.compiler.is_compiling() or attn.inner_dim > 32*attn.heads: return None
     if not x.dtype == context.dtype == torch.float32 or x.device.type != 'cpu' or x.ndim != 3 or not _plain(attn): return None
     looks = attn.heads*x.shape[1]*context.shape[1]
-    if _intel(): return attend_at_once if context.shape[1] < 32 and not torch.is_grad_enabled() and looks*len(x) <= 1<<20 else None
+    if _intel(): return attend_unshifted if not torch.is_grad_enabled() and looks <= 1<<20 and looks*len(x) > 1<<15 else None # fewer are quicker fused
     return attend if looks <= 1<<20 and (looks > 1<<15 or not torch.is_grad_enabled()) else None # backward of few is quicker fused
 
 @lru_cache
