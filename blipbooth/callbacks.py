@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from .core import BoothError, _check_name, _jsonable, append_jsonl, atomic_dir, atomic_write, file_hash, load_json, progress, read_jsonl, save_json
-from .learner import Callback, CancelFit
+from .learner import Callback, CancelFit, anyone
 from .sampling import sample, _shared_name
 
 # %% ../nbs/12_callbacks.ipynb #869ebc13
@@ -292,7 +292,7 @@ class Checkpoints(Callback):
 
     def save(self):
         "Write this step's checkpoint."
-        self.learn('before_save')
+        self.learn('before_save', alone=True)
         save_checkpoint(self.learn, self.folder/f'step-{self.learn.step:06d}', self.info)
 
     def thin(self):
@@ -353,10 +353,6 @@ def restore(self:Checkpoints):
     load_checkpoint(self.learn, last, anew=bool(differ))
 
 # %% ../nbs/12_callbacks.ipynb #a2cb7cff
-def _anyone(acc, flag):
-    "Whether any process says so."
-    return flag if acc.num_processes == 1 else bool(acc.reduce(torch.tensor(float(flag), device=acc.device), 'sum').item())
-
 @patch
 def before_fit(self:Checkpoints): self.time = time.monotonic()
 
@@ -364,7 +360,7 @@ def before_fit(self:Checkpoints): self.time = time.monotonic()
 def due(self:Checkpoints):
     "Whether it is time for a checkpoint; the first process decides."
     if self.learn.step % self.every == 0: return True
-    return bool(self.minutes) and _anyone(self.learn.accelerator, self.learn.accelerator.is_main_process and time.monotonic() - self.time >= 60*self.minutes)
+    return bool(self.minutes) and anyone(self.learn.accelerator, self.learn.accelerator.is_main_process and time.monotonic() - self.time >= 60*self.minutes)
 
 # %% ../nbs/12_callbacks.ipynb #2104d0bb
 @patch
@@ -374,7 +370,7 @@ def attempt(self:Checkpoints): # what went wrong, or ''
     try:
         if self.learn.accelerator.is_main_process: self.save()
     except (OSError, SafetensorError) as e: said = getattr(e, 'strerror', '') or str(e).splitlines()[0]
-    if not _anyone(self.learn.accelerator, bool(said)):
+    if not anyone(self.learn.accelerator, bool(said)):
         self.learn('after_save')
         if self.learn.accelerator.is_main_process: self.thin()
     return said
@@ -558,7 +554,7 @@ class Best(Callback):
             self.stop = self.tired()
         self.agree()
 
-    def agree(self): self.stop = _anyone(self.learn.accelerator, self.stop)
+    def agree(self): self.stop = anyone(self.learn.accelerator, self.stop)
 
     def after_step(self):
         if self.stop: raise CancelFit(f'nothing better in {self.patience} checkpoints')

@@ -137,6 +137,36 @@ def test_two_processes_of_a_notebook(four, tmp_path):
     assert alike(tmp_path/'run', four)
 
 
+ENDS = '''
+import sys, torch
+from accelerate import notebook_launcher
+from blipbooth.learner import Callback, CancelFit, Learner
+
+class Data:
+    def batch(self, start, size): return dict(x=torch.arange(start, start + size).float()[:, None])
+
+class Ends(Callback):
+    def enough(self):
+        if self.learn.accelerator.is_main_process and self.learn.step == 2: raise CancelFit('two is enough')
+
+def train():
+    for moment in 'before_step', 'after_loss', 'after_step':
+        end, net = Ends(), torch.nn.Linear(1, 1)
+        setattr(end, moment, end.enough)
+        l = Learner(net, Data(), lambda net, b: dict(loss=net(b['x']).square().mean()), torch.optim.SGD(net.parameters(), .1), 5, cbs=[end]).fit()
+        assert (l.step, l.cancelled) == (2, 'two is enough' if l.accelerator.is_main_process else 'ended by another process'), (moment, l.step, l.cancelled)
+
+if __name__ == '__main__': notebook_launcher(train, num_processes=2, use_port='{port}')
+'''
+
+
+def test_one_process_ends_both(tmp_path):
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    (tmp_path/'cell.py').write_text(ENDS.replace('{port}', str(port)))
+    res = subprocess.run([sys.executable, 'cell.py'], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert res.returncode == 0, res.stderr
+
+
 def test_caches_change_nothing(four, tmp_path):
     for cache in ('off', 'disk'):
         run(said(tmp_path/cache, *STEPS, 'batch_size=4', f'data.cache={cache}'), tmp_path)
