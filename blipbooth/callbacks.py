@@ -351,15 +351,19 @@ def restore(self:Checkpoints):
     differ = self.same_as(last, self.info)
     if (at := load_json(last/'state.json')['step']) > self.learn.steps: raise BoothError(f"{last} is {at} steps in, and steps={self.learn.steps} lies behind it; say steps={at} or more, or choose another folder")
     load_checkpoint(self.learn, last, anew=bool(differ))
+    if self.learn.accelerator.is_main_process and not any(isinstance(c, Best) for c in self.learn.cbs): (self.folder/'best').unlink(missing_ok=True)
 
 # %% ../nbs/12_callbacks.ipynb #a2cb7cff
 @patch
 def before_fit(self:Checkpoints): self.time = time.monotonic()
 
 @patch
+def planned(self:Checkpoints): return self.learn.step % self.every == 0 or self.learn.step == self.learn.steps
+
+@patch
 def due(self:Checkpoints):
     "Whether it is time for a checkpoint; the first process decides."
-    if self.learn.step % self.every == 0: return True
+    if self.planned(): return True
     return bool(self.minutes) and anyone(self.learn.accelerator, self.learn.accelerator.is_main_process and time.monotonic() - self.time >= 60*self.minutes)
 
 # %% ../nbs/12_callbacks.ipynb #2104d0bb
@@ -510,9 +514,14 @@ class Prints(Callback):
         **kw,      # steps, guidance …: see `sampling.sample`
     ): self.pipe, self.prompts, self.folder, self.every, self.seed, self.kw = pipe, list(prompts), Path(folder), every, seed, kw
 
-    def after_step(self):
+    def before_fit(self):
+        "What a kill took from the step that is gone on from."
+        if self.learn.step: self.after_step(missing=True)
+
+    def after_step(self, missing=False):
         if self.learn.step % self.every: return
-        if self.learn.accelerator.is_main_process: self.draw()
+        there = missing and (self.folder/f'step-{self.learn.step:06d}').exists()
+        if self.learn.accelerator.is_main_process and not there: self.draw()
         self.learn.accelerator.wait_for_everyone()
 
     def draw(self):
@@ -531,7 +540,8 @@ class Best(Callback):
         log,        # the scores' JSON-lines file
         higher=True,# whether higher is better
         patience:int=0, # end after so many checkpoints without a better one; 0: never
-    ): self.score, self.log, self.sign, self.patience, self.stop = score, Path(log), 1 if higher else -1, patience, False
+        metric:str='', # what the score is; other metrics' scores in the log stand for themselves
+    ): self.score, self.log, self.sign, self.patience, self.metric, self.stop = score, Path(log), 1 if higher else -1, patience, metric, False
 
     def before_fit(self):
         self.cp = next((c for c in self.learn.cbs if isinstance(c, Checkpoints)), None)
@@ -542,13 +552,16 @@ class Best(Callback):
 
     def look_back(self):
         "Scores up to here; a checkpoint whose judging was cut off is judged now."
-        step = self.learn.step
-        self.scores = [*{r['step']: r for r in read_jsonl(self.log) if r['step'] <= step}.values()]
-        atomic_write(self.log, ''.join(json.dumps(r) + '\n' for r in self.scores))
-        if step not in {r['step'] for r in self.scores} and (self.cp.folder/f'step-{step:06d}').exists(): self.judge()
+        step, of = self.learn.step, lambda r: r.get('metric', self.metric)
+        rows = [*{(of(r), r['step']): r for r in read_jsonl(self.log) if r['step'] <= step}.values()]
+        atomic_write(self.log, ''.join(json.dumps(r) + '\n' for r in rows))
+        self.scores = [r for r in rows if of(r) == self.metric]
+        self.mark()
+        if step not in {r['step'] for r in self.scores} and self.cp.planned() and (self.cp.folder/f'step-{step:06d}').exists(): self.judge()
         self.stop = self.tired()
 
     def after_save(self):
+        if self.learn.cancelled: return # a checkpoint out of turn, which a training that is not stopped has not
         if self.learn.accelerator.is_main_process:
             self.judge()
             self.stop = self.tired()
@@ -565,11 +578,17 @@ def judge(self:Best):
     "Score this step's checkpoint."
     with everything(self.learn): value = float(self.score(self.learn))
     self.scores = [r for r in self.scores if r['step'] != self.learn.step]
-    self.scores.append(row := dict(step=self.learn.step, score=value))
-    top = max(self.scores, key=lambda r: self.sign*r['score'])['step']
+    self.scores.append(row := dict(step=self.learn.step, score=value, **dict(metric=self.metric) if self.metric else {}))
     with _room(self, 'scores'):
-        if top == self.learn.step: _point(self.cp.folder/'best', f'step-{top:06d}')
+        self.mark()
         _append(self.log, row)
+
+@patch
+def mark(self:Best):
+    "Let `best` point to the best checkpoint that is there."
+    link, there = self.cp.folder/'best', [r for r in self.scores if (self.cp.folder/f"step-{r['step']:06d}").is_dir()]
+    if there: _point(link, f"step-{max(there, key=lambda r: self.sign*r['score'])['step']:06d}")
+    else: link.unlink(missing_ok=True)
 
 @patch
 def tired(self:Best) -> bool:
