@@ -29,7 +29,7 @@ from fastcore.basics import chunked, listify, patch, store_attr
 from fastcore.foundation import L
 from PIL import Image
 from filelock import FileLock, Timeout
-from transformers import (BlipForConditionalGeneration, BlipProcessor, GenerationConfig, GenerationMixin,
+from transformers import (BlipForConditionalGeneration, BlipProcessor, GenerationConfig, GenerationMixin, WatermarkingConfig,
     StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer)
 
 from .core import (BoothError, Settings, atomic_dir, file_hash, for_writing, load_json, nearest, out_dir, progress, resolve_model, save_json,
@@ -337,6 +337,7 @@ def _check_shapes(config, rest):
         if v is not None and not good(v): raise BoothError(f"{k}={v!r}; it must be {what}")
     for k in _no_use:
         if v := rest.get(k, getattr(config, k, None)): raise BoothError(f"{k}={v!r} means nothing to a captioner; leave it out")
+    if isinstance(config.watermarking_config, dict): config.watermarking_config = WatermarkingConfig(**config.watermarking_config)
     if isinstance(config.sequence_bias, dict): config.sequence_bias = [[list(k), v] for k, v in config.sequence_bias.items()]  # as JSON has it
     for k in 'logits_processor', 'stopping_criteria':
         if k in rest: rest[k] = listify(rest[k])
@@ -1087,7 +1088,7 @@ def goes_on(self:FolderCaptions, settings, overwrite):
     differ = differences(old, settings) if ours else []
     if not ours and not overwrite and self.errors_file.exists(): raise BoothError(f"{self.errors_file} was not written by caption_folder; choose another out=, or overwrite=True to lose it")
     if overwrite: return ours and not differ and bool(old['blipbooth'].get('overwrite'))
-    if not self.log.exists() or not self.log.stat().st_size: return False
+    if not self.log.exists() or not self.log.stat().st_size: return ours and not differ # another share may have found errors alone
     if not ours: raise BoothError(f"{self.log} was not written by caption_folder; choose another folder with out=, or overwrite=True to lose it")
     if differ: raise BoothError(f"{self.log} was begun with other settings: {'; '.join(differ)}; go on with the old ones, choose another out=, or overwrite=True")
     return True

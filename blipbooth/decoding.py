@@ -361,7 +361,7 @@ def _state(modules): # what has to be the same for a packed copy to be good
         raw = p.detach().contiguous().view(torch.uint8)
         rows = raw.view(torch.int64 if raw.shape[1] % 8 == 0 else torch.uint8).sum(1)
         return p._version, p.data_ptr(), hash(rows.numpy().tobytes())
-    return [(id(m), *(mark(m.weight) if packable(m) else ()), *map(id, m._parameters.values()), *map(id, m._buffers.values())) for m in modules]
+    return [(id(m), m.training, *(mark(m.weight) if packable(m) else ()), *map(id, m._parameters.values()), *map(id, m._buffers.values())) for m in modules]
 
 def _pack(m): # lay the weights of a module's own linear layers; a `gelu` behind one goes into it
     for linear, act in (('fc1', 'activation_fn'), ('dense', 'intermediate_act_fn')):
@@ -376,7 +376,7 @@ def packs(
 )->bool: # on a CPU whose library can do it, and no gradients are wanted
     "Whether a model's layers may be packed."
     able = platform.machine() in ('x86_64', 'AMD64') and torch.backends.mkldnn.is_available()
-    return able and not torch.is_grad_enabled() and next(model.parameters()).device.type == 'cpu'
+    return able and not torch.is_grad_enabled() and not torch.is_autocast_enabled('cpu') and next(model.parameters()).device.type == 'cpu'
 
 def packed(
     model, # a text decoder or a vision model
@@ -456,7 +456,9 @@ class BeamGroup:
     )->list: # which sentence each of the k new ones goes on from
         "Choose the next words, finish what ends."
         if self.done.over: self.rows = [r + [self.pad] for r in self.rows]; return list(range(self.k))
-        new = choose(lp + self.sums[:, None], [r[self.start:] for r in self.rows], said, self.offers)
+        sums = lp + self.sums[:, None]
+        new = choose(sums.clone(), [r[self.start:] for r in self.rows], said, self.offers)
+        if len(new) < self.k: new = [*new, *[o for o in best_sums(sums, n=self.offers + len(new)) if o not in new][:self.k - len(new)]] # what a choice holds back
         found, n = [(s, j, self.rows[j] + [w]) for s, j, w in new], len(self.rows[0]) + 1 - self.start
         ends = stop([r for *_, r in found])
         for s, _, r in [o for o, e in zip(found[:self.k], ends) if e]: self.done.add(s, n, r, self.met(r[self.start:]))
