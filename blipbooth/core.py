@@ -93,7 +93,7 @@ def resolve_model(
     return str(found)
 
 # %% ../nbs/00_core.ipynb #3b0d2cc0
-_dtypes = dict(float32='float32', float16='float16', bfloat16='bfloat16', fp32='float32', fp16='float16', bf16='bfloat16')
+_dtypes = dict(float32='float32', float16='float16', bfloat16='bfloat16', float64='float64', fp32='float32', fp16='float16', bf16='bfloat16')
 
 def _device(device=None):
     "The device asked for, proved to be there; without one, the fastest that is."
@@ -160,7 +160,7 @@ def randn(
 ): # tensor of `shape`, float32, on the CPU
     "Standard normal noise that depends on `parts` alone."
     import torch
-    return torch.randn(shape, generator=generator(*parts))
+    return torch.randn(shape, generator=generator(*parts), dtype=torch.float32, device='cpu')
 
 # %% ../nbs/00_core.ipynb #b69709ea
 def stateless_shuffle(

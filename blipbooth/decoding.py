@@ -205,7 +205,8 @@ def listened(
     model, # a module
 )->bool:
     "Whether hooks are waiting to be called somewhere in a model; then its own modules have to run."
-    return any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    everywhere = torch.nn.modules.module
+    return bool(everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks) or any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 # %% ../nbs/02_decoding.ipynb #c9b9b03e
 _last = {}                                                    # device -> the graph recorded last, whose memory the next one takes over

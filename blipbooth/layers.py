@@ -236,9 +236,10 @@ def attend_unshifted(
         torch.baddbmm(e, ki, qi.mT, beta=0, alpha=d**-.5, out=e).exp_()
         torch.bmm(vi.mT, e, out=out[these])
     made, sums = out.unflatten(0, (b, h)).permute(0, 3, 1, 2).split((d, 1), 3)
-    least, most = sums.aminmax()
-    if 1e-30 < least and most < 1e30: return (made/sums).flatten(2)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    made, sums = (made/sums).flatten(2), sums.flatten(1)
+    beyond = ~((sums.amin(1) > 1e-20) & (sums.amax(1) < 1e20)) # picture by picture, so that none depends on its neighbours
+    if beyond.any(): made[beyond] = F.scaled_dot_product_attention(q[beyond], k[beyond], v[beyond]).transpose(1, 2).flatten(2)
+    return made
 
 # %% ../nbs/06_layers.ipynb #a3dd39ac
 class NarrowHeads(AttnProcessor2_0):
@@ -254,7 +255,7 @@ def _narrow(attn, x, context): # the way that is quicker than fused attention, o
     if torch.is_autocast_enabled('cpu') or torch.compiler.is_compiling() or attn.inner_dim > 32*attn.heads: return None
     if not x.dtype == context.dtype == torch.float32 or x.device.type != 'cpu' or x.ndim != 3 or not _plain(attn): return None
     looks = attn.heads*x.shape[1]*context.shape[1]
-    if _intel(): return attend_unshifted if not torch.is_grad_enabled() and looks <= 1<<20 and looks*len(x) > 1<<15 else None # fewer are quicker fused
+    if _intel(): return attend_unshifted if not torch.is_grad_enabled() and 1<<13 < looks <= 1<<20 else None # fewer are quicker fused
     return attend if looks <= 1<<20 and (looks > 1<<15 or not torch.is_grad_enabled()) else None # backward of few is quicker fused
 
 @lru_cache
@@ -293,12 +294,12 @@ def _willing(model): # may its layers be replaced?
     first = next(model.parameters())
     return packs(model) and first.dtype == torch.float32 and not torch.is_autocast_enabled('cpu') and not compiled(model) and not watched(model)
 
-def _stand_ins(model): # (layer, attribute, what stands in)
+def _stand_ins(model, still=True): # (layer, attribute, what stands in)
     mine = [o for name, o in model.named_modules() if not any(part in ('base_layer', 'parametrizations') or part.startswith('lora_') for part in name.split('.'))]
-    gates = [o for o in mine if isinstance(o, GEGLU) and packable(o.proj)]
+    gates = [o for o in mine if still and isinstance(o, GEGLU) and packable(o.proj)]
     inside = {id(o.proj) for o in gates}
     yield from ((o, 'forward', FusedGEGLU(o).forward) for o in gates)
-    yield from ((o, 'forward', PackedLinear(o).forward) for o in mine if packable(o) and id(o) not in inside)
+    yield from ((o, 'forward', PackedLinear(o).forward) for o in mine if still and packable(o) and id(o) not in inside)
     yield from ((o, k, new) for o in _fused(model) for k, new in (('processor', NarrowHeads()), ('forward', partial(_attended, o))))
     yield from ((o, 'forward', partial(_convolved, o)) for o in mine if isinstance(o, torch.nn.Conv2d) and o.padding_mode == 'zeros' and not isinstance(o.padding, str))
 
@@ -312,14 +313,15 @@ def _convolved(layer, x): return conv2d(x, layer.weight, layer.bias, layer.strid
 @contextmanager
 def quick(
     *models, # a UNet, a VAE
+    still:bool=True, # may nobody change their weights while it lasts? where somebody may, linear layers stay as they are
 ):
     "While it lasts, models without gradients on a CPU run in quicker layers; elsewhere it does nothing."
     was = []
     try:
         for model in filter(_willing, models):
-            for layer, name, new in list(_stand_ins(model)):
+            for layer, name, new in list(_stand_ins(model, still)):
                 was.append((layer, name, vars(layer).get(name)))
                 setattr(layer, name, new)
         yield
     finally:
-        for layer, name, old in reversed(was): delattr(layer, name) if old is None else setattr(layer, name, old)
+        for layer, name, old in reversed(was): vars(layer).pop(name, None) if old is None else setattr(layer, name, old)

@@ -8,7 +8,7 @@ __all__ = ['load_pipeline', 'tune', 'is_small', 'suited_guidance', 'schedulers',
            'save_print', 'read_recipe', 'sweep']
 
 # %% ../nbs/08_sampling.ipynb #47ced644
-import copy, dataclasses, inspect, io, itertools, json, math, numbers, re, sys, warnings
+import copy, dataclasses, inspect, io, itertools, json, math, numbers, re, sys, threading, warnings, weakref
 from collections import namedtuple
 from contextlib import contextmanager
 from functools import cached_property
@@ -335,7 +335,7 @@ def _text_once(unet):
         yield
     finally:
         for o, f in zip(layers, was):
-            del o.forward
+            vars(o).pop('forward', None)
             if f: o.forward = f
 
 # %% ../nbs/08_sampling.ipynb #117a3e71
@@ -635,6 +635,13 @@ def _tiled(vae, tiling=None):
     try: yield vae.use_tiling
     finally: vae.use_tiling = was
 
+_printing = weakref.WeakKeyDictionary() # UNet -> the lock of who prints with it
+
+@contextmanager
+def _alone(pipe):
+    "One print at a time with a model, whose layers are others meanwhile; in the precision of its weights, whatever is set around it."
+    with _printing.setdefault(pipe.unet, threading.RLock()), torch.autocast(pipe._execution_device.type, enabled=False): yield
+
 # %% ../nbs/08_sampling.ipynb #f571d9f3
 def _latent_shape(pipe, size):
     "Channels, height and width of an image's latents."
@@ -717,7 +724,7 @@ def _print(pipe, jobs, batch, callback, long, restore_mean, steps_each, **kwargs
         if callback: callback(len(done)*of + step, bar.total, latents)
     tick.clean = getattr(callback, 'clean', False)
     tick.theirs = callback is not None and not tick.clean # a preview only looks
-    with bar, _inference(pipe), quick(pipe.unet, pipe.vae):
+    with bar, _inference(pipe), quick(pipe.unet, pipe.vae, still=not tick.theirs):
         embeds, pieces = _tried_texts(pipe, jobs, long, restore_mean)
         todo = [(o, k) for k, same in itertools.groupby(zip(jobs, pieces), key=lambda o: o[1]) for o in chunked([j for j, _ in same], batch)]
         bar.total = steps_each*len(todo)
@@ -747,10 +754,15 @@ def fingerprint(
     "A hash of the weights, how the parts are built, the noise schedule, and what is switched on of adapters and FreeU, which decide what a pipeline draws."
     schedule = {k: v for k, v in pipe.scheduler.config.items() if k[0] != '_'} | {'_class_name': type(pipe.scheduler).__name__} # which a config has once it was saved
     parts = {o: getattr(pipe, o) for o in ('unet', 'text_encoder', 'vae')}
-    named, more = [(_shared_name(f'{part}.{name}'), p) for part, m in parts.items() for name, p in m.named_parameters()], json.dumps([schedule, {k: _built(m) for k, m in parts.items()}], sort_keys=True, default=str) + _switched(parts)
+    named, more = [(_shared_name(f'{part}.{name}'), p) for part, m in parts.items() for name, p in (*m.named_parameters(), *_quantized(m))], json.dumps([schedule, {k: _built(m) for k, m in parts.items()}], sort_keys=True, default=str) + _switched(parts)
     seen = more, _glance(named)
     if vars(pipe).get('_glanced', (None,))[0] != seen: vars(pipe)['_glanced'] = seen, weights_hash(named, more)
     return vars(pipe)['_glanced'][1]
+
+def _quantized(part):
+    "Weights that torch's quantized layers hold, which are no parameters."
+    layers = [(name, o) for name, o in part.named_modules() if isinstance(o, torch.nn.Module) and callable(getattr(o, 'weight', None))]
+    yield from ((f'{name}.{k}', p.dequantize()) for name, o in layers for k in ('weight', 'bias') if torch.is_tensor(p := getattr(o, k)()))
 
 def _switched(parts):
     "How strongly each adapter speaks in each layer, and FreeU's factors, which no weight tells; empty where there is none."
@@ -777,7 +789,7 @@ def _recipe(job, guidance, scheduler, **shared):
     if hasattr(scheduler, 'config'): scheduler = {**_all_settings(scheduler), '_class_name': type(scheduler).__name__}
     pictures = {k: dict(hash=v.hash) for k, v in (('init', job.init), ('mask', job.mask)) if v is not None}
     return dict(prompt=job.prompt, negative=job.negative, seed=int(job.seed), index=int(job.index), guidance=changes['g'] if len(changes) == 1 else changes,
-        scheduler=scheduler, **pictures, **{k: v for k, v in shared.items() if v not in (None, False)})
+        scheduler=scheduler, **pictures, **{k: v for k, v in shared.items() if v not in (None, False) or v is False and k == 'tiling'})
 
 def _signed(prints, jobs, guidance, scheduler, **shared):
     "The prints, each with its recipe in `.info`."
@@ -890,7 +902,7 @@ def sample(
     each = _check_steps(own, steps, strength)
     _check_masks(pipe, jobs, size)
     if model or precision or not return_latents: model = _check_model(pipe, model, precision)
-    with _tiled(pipe.vae, tiling) as tiling: prints = _print(pipe, jobs, batch or _batch_size(pipe, size), callback, long, restore_mean, each, return_latents=return_latents,
+    with _alone(pipe), _tiled(pipe.vae, tiling) as tiling: prints = _print(pipe, jobs, batch or _batch_size(pipe, size), callback, long, restore_mean, each, return_latents=return_latents,
         size=size, guidance=guidance, scheduler=own, steps=steps, strength=strength or 1.)
     if return_latents: return prints
     return _signed(prints, jobs, guidance, _lasting(pipe, scheduler, own), tiling=tiling, steps=steps, size=list(size), strength=strength,
@@ -904,7 +916,7 @@ def _jobs(pipe, prompt, negative, subject, seed, n, index, guidance, init, mask,
     for o, empty in (prompts, False), (negatives, True): _check_prompts(pipe, o, empty, long)
     doses, seeds = _doses(guidance.g, prompts, n), _each(seed, prompts, 'seed')
     for o in seeds: _check_whole('seed', o, -math.inf, "it must be a whole number")
-    rows = list(zip(prompts, negatives, seeds, _pictures(init, prompts, 'init'), _pictures(mask, prompts, 'mask')))
+    rows = list(zip(prompts, negatives, map(int, seeds), _pictures(init, prompts, 'init'), _pictures(mask, prompts, 'mask')))
     return [_Job(p, q, s, index+i, doses[k*n+i], x, m) for k, (p, q, s, x, m) in enumerate(rows) for i in range(n)]
 
 # %% ../nbs/08_sampling.ipynb #b920f73c
