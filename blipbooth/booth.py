@@ -6,7 +6,7 @@
 __all__ = ['check_readers', 'Booth', 'demo']
 
 # %% ../nbs/20_booth.ipynb #f6a468bc
-import dataclasses, json, os, time, warnings
+import dataclasses, json, os, shutil, time, warnings
 from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from numbers import Integral
@@ -15,14 +15,14 @@ from fastcore.basics import listify, patch
 from fastcore.foundation import L
 from .callbacks import Best, Checkpoints, Interrupts, track_report
 from .captioning import Caption, Captioner
-from .concept import Concept, check_name, read_captions
-from .core import BoothError, Settings, atomic_write, out_dir, read_jsonl, resolve_model, save_json
-from .dreambooth import DreamBoothConfig, build_learner, check_photos, check_run, estimate, load_concepts, made_with, open_run, suited_priors, suited_steps
+from .concept import Concept, check_name, nameless, read_captions
+from .core import BoothError, Settings, atomic_dir, atomic_write, load_json, out_dir, read_jsonl, resolve_model, save_json
+from .dreambooth import DreamBoothConfig, base_weights, build_learner, check_photos, check_run, estimate, load_concepts, made_with, open_run, suited_priors, suited_steps
 from .evaluation import Report, measure, prompt_fidelity, recipe, subject_fidelity
 from .images import contact_sheet, load_image, load_images, _suffixes
 from .learner import Callback
 from .matching import Matcher
-from .priors import article, class_prompts, load_priors, make_priors as draw_priors
+from .priors import article, class_prompts, load_priors, make_priors as draw_priors, _ClassHalf
 from .sampling import is_small, load_pipeline, sample, save_print, suited_guidance
 
 # %% ../nbs/20_booth.ipynb #49d6b38d
@@ -37,10 +37,21 @@ def check_readers(
                   "say captioner=Salesforce/blip-image-captioning-base matcher=Salesforce/blip-itm-base-coco")
 
 # %% ../nbs/20_booth.ipynb #bc4a0b1a
-def _session(config, photos, token, class_noun):
+def _moved(c, out):
+    "The photos and masks that a run keeps, found where its folder is now."
+    def now(path):
+        if not (path and c.out and out) or Path(path).exists() or not Path(path).is_relative_to(c.out): return path
+        new = Path(out).expanduser()/Path(path).relative_to(c.out)
+        return str(new) if new.exists() else path
+    c.photos, c.data = now(c.photos), dataclasses.replace(c.data, masks=now(c.data.masks))
+
+def _absolute(path): return str(Path(path).expanduser().resolve()) if path else '' # a run is gone on with from anywhere
+
+def _session(config, photos, token, class_noun, out):
     "A configuration of its own for a session, with the subject it is about."
     if not isinstance(config, (DreamBoothConfig, type(None))): raise BoothError(f"config={config!r} is a {type(config).__name__}; give a DreamBoothConfig, such as DreamBoothConfig.load('dreambooth.yaml')")
     c = dataclasses.replace(config or DreamBoothConfig()).check()
+    _moved(c, out)
     if c.concepts and not (photos is None and token is None and class_noun is None): raise BoothError(f"{len(c.concepts)} subjects stand in config.concepts, with photos, token and class noun; leave those out here, or concepts there")
     if c.concepts: c.photos, c.token, c.class_noun = c.concepts[0].photos, c.concepts[0].token, c.concepts[0].class_noun
     c.token, c.class_noun = (' '.join(str(o).split()) for o in (token or c.token, class_noun or c.class_noun))
@@ -59,10 +70,11 @@ class Booth:
         config=None,          # DreamBoothConfig; None: the defaults
         device:str=None,      # cuda, mps or cpu; None: the best there is
     ):
-        c = _session(config, photos, token, class_noun)
+        c = _session(config, photos, token, class_noun, out)
         self.photos = load_images(c.photos if photos is None else photos)
         if not c.concepts: check_photos(c, self.photos)  # of several subjects, `check_run` looks at all
-        c.photos = str(photos) if isinstance(photos, (str, Path)) else c.photos if photos is None else ''
+        c.photos = _absolute(photos if isinstance(photos, (str, Path)) else c.photos if photos is None else '')
+        c.concepts = [dataclasses.replace(o, photos=_absolute(o.photos)) for o in c.concepts]
         own = f"cuda:{os.environ['LOCAL_RANK']}" if device is None and 'LOCAL_RANK' in os.environ and Settings.auto().device == 'cuda' else device  # a GPU a process
         self.cfg, self.device, self.seconds = c, Settings.auto(own).device, {}
         check_readers(c, self.pipe)
@@ -72,9 +84,10 @@ class Booth:
             warnings.filterwarnings('ignore', 'one photo')  # has been said
             check_run(c, self.pipe, looked_at := self.concepts(_no_captions))
         self.masks = looked_at[0].masks
-        c.out = str(out or c.out or Path('runs')/c.class_noun.replace(' ', '-'))
-        self.made = [o for o in (Path(c.out).expanduser(), *Path(c.out).expanduser().parents) if not o.exists()]
-        self.out, self.waiting, self.accepted = out_dir(c.out), {}, False
+        c.out = _absolute(out or c.out or Path('runs')/c.class_noun.replace(' ', '-'))
+        if c.out in [o.photos for o in c.subjects]: raise BoothError(f"the run would be written among the photos in {c.out}, and its pictures be taken for more of them; choose another out=")
+        self.made = [o for o in (Path(c.out), *Path(c.out).parents) if not o.exists()]
+        self.out, self.files, self.accepted = out_dir(c.out), {}, False
 
     @cached_property
     def pipe(self): return load_pipeline(self.cfg.model or None, device=self.device)
@@ -84,10 +97,13 @@ class Booth:
     def matcher(self): return Matcher.from_pretrained(self.cfg.matcher or None, device=self.device)
     @cached_property
     def model(self): # what the run has learned: the best checkpoint, or the last; averaged, if it keeps an average
+        if not self.begun: raise BoothError(f"{self.out} has learned nothing yet; call booth.train() first")
         pipe, c = open_run(self.out)
         learned = [f'{o.token} {o.class_noun}' for o in c.subjects]
         if c.class_noun and self.subject not in learned: raise BoothError(f"{self.out} has learned {learned[0]!r}, not {self.subject!r}; open it with that token and class noun, or choose another out=")
         return pipe.to(self.device)
+    @property
+    def begun(self): return Checkpoints(self.out/'checkpoints').last() is not None # is there something to go on from?
     def __repr__(self): return f'Booth({self.subject!r}, {len(self.photos)} photos, {self.out.name}/)'
 
 # %% ../nbs/20_booth.ipynb #aff2c529
@@ -115,21 +131,16 @@ def keep(self:Booth,
     write,    # called with the path
 ):
     "Write a file of the run folder; where a run has begun, not before it is found to be this one."
-    self.waiting[name] = write
-    if self.accepted or not (self.out/'checkpoints').exists(): self.flush()
-
-@patch
-def flush(self:Booth):
-    for name in list(self.waiting): self.waiting.pop(name)(self.out/name)
+    self.files[name] = write
+    if self.accepted or not (self.out/'checkpoints').exists(): write(self.out/name)
 
 class _Accepted(Callback):
-    "Lets the files of a booth be written once `Checkpoints` holds the folder and has found the run to be the same."
+    "Writes the files of a booth once `Checkpoints` holds the folder and has found the run to be the same; what somebody wrote there meanwhile gives way."
     order = 31
     def __init__(self, booth): self.booth = booth
     def restore(self):
         self.booth.accepted = True
-        if self.learn.accelerator.is_main_process: self.booth.flush()
-        self.booth.waiting.clear()
+        for name, write in self.booth.files.items() if self.learn.accelerator.is_main_process else (): write(self.booth.out/name)
 
 # %% ../nbs/20_booth.ipynb #e4476453
 def _in_file(photo):
@@ -145,17 +156,17 @@ def _kept_files(photos):
 
 def _save_photos(photos, files, folder):
     "Photos in their `_kept_files`, with the text beside them."
-    folder = out_dir(folder)
-    for p, (name, copied) in zip(photos, files):
-        if copied: atomic_write(folder/name, p.path.read_bytes())
-        else: p.image.save(folder/name)
-        for text in (p.path.with_suffix('.txt'), p.path.with_suffix('.caption')) if p.path else ():
-            if text.is_file(): atomic_write((folder/name).with_suffix(text.suffix), text.read_bytes())
+    with atomic_dir(folder) as new: # no photo of an earlier session stays
+        for p, (name, copied) in zip(photos, files):
+            if copied: shutil.copyfile(p.path, new/name)
+            else: p.image.save(new/name)
+            for text in (p.path.with_suffix('.txt'), p.path.with_suffix('.caption')) if p.path else ():
+                if text.is_file(): shutil.copyfile(text, (new/name).with_suffix(text.suffix))
 
 def _save_masks(masks, files, folder):
     "Masks under the names of the photos they belong to."
-    folder = out_dir(folder)
-    for m, (name, _) in zip(masks, files): m.save((folder/name).with_suffix('.png'))
+    with atomic_dir(folder) as new:
+        for m, (name, _) in zip(masks, files): m.save((new/name).with_suffix('.png'))
 
 def _keep_photos(booth):
     "A run keeps photos that did not come from one folder, and their masks, so that a terminal can go on with it."
@@ -229,22 +240,27 @@ def draw_class(self:Booth,
     captions=(), # captions of the photos, whose settings are used for the class, too
 ):               # Priors
     "Class images of one class, as configured."
-    p = self.cfg.prior
-    return draw_priors(self.pipe, noun, p.n, folder, seed=self.cfg.seed, prompts=class_prompts(noun, captions), tries=4*p.candidates, candidates=p.candidates, **self.choice())
+    p, told = self.cfg.prior, folder/'settings.json'
+    prompts = load_json(told)['prompts'] if self.begun and told.exists() else class_prompts(noun, captions)  # those of a run that has begun stay
+    return draw_priors(self.pipe, noun, p.n, folder, seed=self.cfg.seed, prompts=prompts, tries=4*p.candidates, candidates=p.candidates, **self.choice())
 
 # %% ../nbs/20_booth.ipynb #823d2cf9
+@patch(as_prop=True)
+def draws(self:Booth): return bool(self.cfg.prior.weight) and not getattr(self, 'own_class', None) # are there class images?
+
 @patch
 def learned(self:Booth) -> list: # of Concept
     "What is learned; captions and class images that are missing are made."
     c = self.cfg
     if not c.concepts:
         self.keep_captions() if hasattr(self, 'captions') else self.caption()
-        if c.prior.weight and not hasattr(self, 'priors'): self.make_priors()
-        return [Concept(self.photos, c.token, c.class_noun, self.train_captions, self.priors if c.prior.weight else None, masks=self.masks)]
+        if lost := nameless([o for o in self.captions if isinstance(o, str) and not isinstance(o, Caption)], c.token, c.class_noun): warnings.warn(f"{len(lost)} captions name neither {c.token!r} nor {c.class_noun!r} and count as 'a {self.subject}' (such as {lost[0]!r}); write {{subject}} where it belongs")
+        if self.draws and not hasattr(self, 'priors'): self.make_priors()
+        return [Concept(self.photos, c.token, c.class_noun, self.train_captions, self.priors if self.draws else None, masks=self.masks)]
     with _stage(self, 'priors'):
         concepts = self.concepts(self.captioner)
         for i, o in enumerate(concepts):
-            if c.prior.weight and o.priors is None: o.priors = self.draw_class(o.class_noun, self.out/'priors'/f'{i} {o.token}', [t.replace(o.subject, o.class_noun) for t in o.captions])
+            if self.draws and o.priors is None: o.priors = self.draw_class(o.class_noun, self.out/'priors'/f'{i} {o.token}', [t.replace(o.subject, o.class_noun) for t in o.captions])
     return concepts
 
 @patch
@@ -272,10 +288,12 @@ def train(self:Booth,
     kept = Checkpoints(self.out/'checkpoints', anyway=anyway)
     self.accepted, found = False, kept.last()
     if found and not resume: raise BoothError(f"{self.out} holds a trained run already ({found.name}); resume it or choose another out=")
-    if found: kept.same_as(found, made_with(self.cfg, self.concepts(_no_captions)), but=('captions', 'priors', 'masks'))  # before those are made
+    if found: kept.same_as(found, made_with(self.cfg, self.concepts(_no_captions)) | dict(weights=base_weights(self.pipe)), but=('captions', 'priors', 'masks'))  # before those are made
+    self.own_class = [o for o in cbs if isinstance(o, _ClassHalf)]  # these make class images, or do without
+    if self.own_class and not self.cfg.prior.weight: raise BoothError(f"{type(self.own_class[0]).__name__} would not be heard, since prior.weight is 0; raise it, 1 is usual")
     with PartialState(cpu=self.device == 'cpu').main_process_first():
         concepts = self.learned()
-        if not ('estimate.json' in self.waiting or (self.out/'estimate.json').exists()): self.estimate()
+        if not ('estimate.json' in self.files or (self.out/'estimate.json').exists()): self.estimate()
     for name in ('pipe', 'captioner', 'matcher', 'model'): self.__dict__.pop(name, None)
     with _stage(self, 'train'), warnings.catch_warnings():
         for said in ('one photo', 'set, and without effect'): warnings.filterwarnings('ignore', said)
@@ -298,7 +316,8 @@ def judge(self:Booth,
     def score(learn):
         prints = sample(pipe, [f'{article(self.subject)} {p}' for p in self.places(n)], seed=[self.cfg.seed + i for i in range(n)], steps=steps, guidance=self.guidance(pipe))
         return subject_fidelity(self.matcher, prints, self.photos) if c.best == 'subject_fidelity' else prompt_fidelity(self.captioner, prints, asked)
-    return Best(score, self.out/'logs'/'scores.jsonl', patience=c.patience)
+    reader = self.cfg.matcher if c.best == 'subject_fidelity' else self.cfg.captioner
+    return Best(score, self.out/'logs'/'scores.jsonl', patience=c.patience, metric=f'{c.best} by {reader}' if reader else c.best)
 
 # %% ../nbs/20_booth.ipynb #8af02e62
 @patch
@@ -327,6 +346,7 @@ def save_prints(self:Booth,
     seed:int=0, # print i has seed `seed + i`
 ) -> L:       # of files in samples/
     "Print once per prompt into the run folder."
+    self.model                                                 # a run that has learned nothing is found out before the work
     samples, prompts = out_dir(self.out/'samples'), listify(prompts)
     with _stage(self, 'print'):
         images = sample(self.model, prompts, subject=self.subject, seed=[seed + i for i in range(len(prompts))], steps=30, guidance=self.guidance(self.model))

@@ -6,7 +6,7 @@
 __all__ = ['VERBS', 'demo', 'caption', 'match', 'priors', 'train', 'evaluate', 'sample', 'export', 'doctor', 'parser', 'main']
 
 # %% ../nbs/22_cli.ipynb #0514ca55
-import argparse, inspect, itertools, os, re, sys, warnings
+import argparse, inspect, itertools, os, re, secrets, shlex, sys, warnings
 from contextlib import contextmanager
 from fastcore.docments import docments
 
@@ -115,10 +115,13 @@ def priors(
     from blipbooth.priors import load_priors, make_priors
     from blipbooth.sampling import load_pipeline
     if check and not out: raise BoothError("--check without --out: name the folder to check")
+    if candidates is not None and candidates < 1: raise BoothError(f"--candidates {candidates}; draw 1 at least for each that is kept")
     pipe, said = None if check else load_pipeline(model), PriorConfig(threshold=threshold, dedupe=dedupe or 0., candidates=candidates or 0)
     p = said if check else suited_priors(said, pipe)
     judge = dict(matcher=Matcher.from_pretrained(matcher) if p.threshold or p.dedupe or p.candidates > 1 else None, threshold=p.threshold, dedupe=dedupe)
-    if check: made = load_priors(out, noun, **judge)
+    if check:
+        made = load_priors(out, noun, **judge)
+        if n not in (None, len(made)): raise BoothError(f"{out} holds {len(made)} class images, and --n is {n}; leave it out to check what is there")
     else: made = make_priors(pipe, noun, p.n if n is None else n, out, seed, _class_prompts(noun, prompts, photos),
         **judge, steps=steps, guidance=guidance, batch=batch, tries=tries, candidates=p.candidates)
     print(f'{made}: {made.folder}')
@@ -153,6 +156,7 @@ def train(
     try:
         if os.environ.get('RANK', '0') == '0': print(booth.estimate())  # the first of several processes
         booth.train(resume=bool(resume), anyway=anyway)
+    except KeyboardInterrupt as e: raise KeyboardInterrupt(f"{str(e) or 'stopped'}{f'; go on with: blipbooth train --resume {shlex.quote(str(booth.out))}' if booth.begun else ''}") from None
     finally: booth.tidy()
     if booth.learner.accelerator.is_main_process: print(f'trained: {booth.out}')
 
@@ -218,7 +222,7 @@ def sample(
     "Print pictures from a prompt, or make a print again."
     from blipbooth.core import BoothError, for_writing
     from blipbooth.diffusion import Guidance
-    from blipbooth.sampling import sample as run_sample, save_print, suited_guidance
+    from blipbooth.sampling import sample as run_sample, suited_guidance
     given = dict(n=n, steps=steps, guidance=guidance, how=how, schedule=schedule, negative=negative, seed=seed, scheduler=scheduler,
         strength=strength, long=long, size=size, interval=interval, rescale=rescale, tiling=tiling)
     if like: recipe = _again(like, prompt, given, init, mask)
@@ -232,12 +236,27 @@ def sample(
     with for_writing(out) as folder:
         for i, im in enumerate(run_sample(pipe, batch=batch, **recipe)):
             made = im.info['recipe']
-            print(save_print(im, _unused(folder, f"{made['seed']:04d}-{i if not like else made['index']:03d}")))
+            print(_put(im, folder, f"{made['seed']:04d}-{i if not like else made['index']:03d}"))
 
 # %% ../nbs/22_cli.ipynb #4fb343b6
-def _unused(folder, name):
-    "The first of NAME.png, NAME-2.png, NAME-3.png … that is not there: no print is written over."
-    return next(p for p in (folder/f'{name}{k}.png' for k in itertools.chain([''], (f'-{j}' for j in itertools.count(2)))) if not p.exists())
+def _put(image, folder, name):
+    "Save a print as the first of NAME.png, NAME-2.png, NAME-3.png … that nobody has: no print is written over, whoever prints beside."
+    from contextlib import suppress
+    from blipbooth.sampling import save_print
+    made = save_print(image, folder/f'.{name}-{secrets.token_hex(4)}.png')
+    try:
+        for p in (folder/f'{name}{k}.png' for k in itertools.chain([''], (f'-{j}' for j in itertools.count(2)))):
+            with suppress(FileExistsError): return _linked(made, p)
+    finally: made.unlink(missing_ok=True)
+
+def _linked(made, path):
+    "Give a file a name that is free; a disk without links takes it by moving."
+    try: os.link(made, path)
+    except FileExistsError: raise
+    except OSError:
+        if path.exists(): raise FileExistsError(path) from None
+        os.rename(made, path)
+    return path
 
 def _span(interval):
     "Two shares of the way from a text such as 0.2,0.6; None for all of it."
@@ -292,11 +311,21 @@ def export(
 def doctor():
     "Say what is installed, where it would run, and whether the bundled models are whole."
     import platform
-    from blipbooth.core import Settings, bundled
+    from blipbooth.core import BoothError, Settings
     print(f'python         {platform.python_version()}')
     for p in 'torch transformers diffusers accelerate peft safetensors omegaconf fastcore'.split(): print(f'{p:15}{_installed(p)}')
     print(f'device         {Settings.auto().device}')
-    for k in ('captioner', 'matcher', 'diffusion'): print(f"{k:15}{'bundled' if any(bundled(k).rglob('*.safetensors')) else 'missing: install blipbooth again'}")
+    broken = [k for k in ('captioner', 'matcher', 'diffusion') if not _opens(k)]
+    if broken: raise BoothError(f"the bundled {' and '.join(broken)} cannot be loaded; install blipbooth again")
+
+def _opens(kind):
+    "Load a bundled model, and say how that went."
+    from blipbooth.captioning import Captioner
+    from blipbooth.matching import Matcher
+    from blipbooth.sampling import load_pipeline
+    try: dict(captioner=Captioner.from_pretrained, matcher=Matcher.from_pretrained, diffusion=load_pipeline)[kind]()
+    except Exception as e: print(f"{kind:15}broken: {(str(e) or type(e).__name__).splitlines()[0]}")
+    else: return not print(f"{kind:15}bundled")
 
 def _installed(package):
     from importlib.metadata import PackageNotFoundError, version
@@ -365,29 +394,46 @@ def _plain_warnings():
     finally: warnings.formatwarning = was
 
 # %% ../nbs/22_cli.ipynb #42564277
+def _goes_on(argv): # does the same command go on where it was stopped?
+    return argv[:1] in (['demo'], ['priors']) or argv[:1] == ['caption'] and any(o.startswith(('--out', '--sidecars')) for o in argv)
+
 def main(
     argv=None, # arguments; None: those of the process
 ):
     "The `blipbooth` command."
     argv = sys.argv[1:] if argv is None else list(argv)
+    for o in sys.stdout, sys.stderr:
+        if hasattr(o, 'reconfigure'): o.reconfigure(errors='backslashreplace') # a terminal that has not the letters of a file's name
+    from blipbooth.core import BoothError
+    try:
+        with _plain_warnings(): _run(argv)
+        sys.stdout.flush()
+    except BoothError as e:
+        verb = next((f for f in VERBS if f.__name__ == argv[0]), None)
+        _end(2, _as_options(str(e), verb) if verb else str(e))
+    except BrokenPipeError:                                   # nobody reads on, as behind `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141)
+    except OSError as e: _end(2, f"{e.filename or 'what was to be written'}: {e.strerror or e}")
+    except KeyboardInterrupt as e: _end(130, str(e) or 'stopped' + '; the same command goes on where it left off'*_goes_on(argv))
+    except Exception as e:
+        if type(e).__name__ != 'SafetensorError': raise
+        _end(2, str(e).splitlines()[0])                       # a disk that is full
+
+def _run(argv):
+    "What a command line asks for."
+    from blipbooth.core import _check_name
     verbs = {f.__name__: f for f in VERBS}
     if not argv or argv[0] in ('-h', '--help'): return print(_usage())
     if argv[0] == '--version':
         from blipbooth import __version__
         return print(__version__)
-    from blipbooth.core import BoothError, _check_name
-    try:
-        _check_name('verb', argv[0], verbs)
-        with _plain_warnings(): _call(verbs[argv[0]], argv[1:])
-    except BoothError as e:
-        print(f'blipbooth: {_as_options(str(e), verbs[argv[0]]) if argv[0] in verbs else e}', file=sys.stderr)
-        raise SystemExit(2)
-    except BrokenPipeError:                                   # nobody reads on, as behind `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141)
-    except KeyboardInterrupt as e:
-        print(f"blipbooth: {str(e) or 'stopped; the same command goes on where it left off'}", file=sys.stderr)
-        raise SystemExit(130)
+    _check_name('verb', argv[0], verbs)
+    _call(verbs[argv[0]], argv[1:])
+
+def _end(status, message):
+    print(f'blipbooth: {message}', file=sys.stderr)
+    raise SystemExit(status)
 
 # %% ../nbs/22_cli.ipynb #c0db5632
 if __name__ == '__main__' and '__file__' in globals(): main()  # as a script, not as a notebook

@@ -8,11 +8,11 @@ __all__ = ['PRESETS', 'TrainConfig', 'PriorConfig', 'LossConfig', 'CheckpointCon
            'choose_parts', 'LeanConv2d', 'LeanGEGLU', 'FrozenGroupNorm', 'LeanSiLU', 'remember_less', 'FusedLora',
            'fuse_lora', 'token_rows', 'parameter_table', 'DreamBoothLoss', 'suited_steps', 'suited_priors',
            'learning_rates', 'parameter_groups', 'lr_factor', 'make_optimizer', 'make_schedule', 'check_named',
-           'resolution', 'data_options', 'made_with', 'idle_keys', 'check_run', 'spare_parts', 'run_callbacks',
-           'build_learner', 'Estimate', 'estimate', 'open_run', 'merge_lora', 'export_pipeline']
+           'resolution', 'data_options', 'base_weights', 'made_with', 'idle_keys', 'check_run', 'spare_parts',
+           'run_callbacks', 'build_learner', 'Estimate', 'estimate', 'open_run', 'merge_lora', 'export_pipeline']
 
 # %% ../nbs/13_dreambooth.ipynb #8c254960
-import dataclasses, json, math, re, warnings, weakref
+import dataclasses, json, math, re, shlex, warnings, weakref
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,13 +36,13 @@ from safetensors.torch import load_file, save_file
 from yaml import YAMLError
 from .callbacks import EMA, Checkpoints, Halved, Interrupts, LetGo, LivePlot, LossLog, NaNGuard, Prints, Progress, Track, check_trackers, checkpoint_step, load_weights
 from .decoding import quiet_transformers
-from .concept import Concept, DataOptions, check_name, check_weights, fitted_masks, load_masks, training_set, training_views, _step
-from .core import BoothError, atomic_dir, atomic_write, file_hash, nearest, stateless_seed, _check_name
+from .concept import Concept, DataOptions, check_name, check_tokens, check_weights, fitted_masks, load_masks, training_set, training_views, _step
+from .core import BoothError, atomic_dir, atomic_write, file_hash, load_json, nearest, stateless_seed, weights_hash, _check_name
 from .diffusion import add_noise, alpha_sigma, debiased_weight, logit_normal, min_snr_weight, p2_weight, prior_loss, snr, target
 from .layers import attend_narrowly, conv2d, gathered_conv2d_input, gathering_suits, pointwise_conv2d, pointwise_suits, winograd_conv2d, winograd_suits
 from .learner import Learner
 from .priors import load_priors
-from .sampling import fill, is_small, load_pipeline, make_scheduler, suited_guidance, _check_pipe, _check_prompts, _check_steps
+from .sampling import fill, is_small, load_pipeline, make_scheduler, suited_guidance, _check_pipe, _check_prompts, _check_steps, _shared_name
 
 # %% ../nbs/13_dreambooth.ipynb #ec931f1c
 def _f(default, doc): return field(default=default, metadata=dict(doc=doc))
@@ -217,6 +217,7 @@ def _unknown(cfg, known, prefix=''):
 def _written(said):
     "An override; a name, path or text is taken as it is written, though YAML would read 007 as 7, no as false, and stop at a colon or #."
     k, _, v = said.partition('=')
+    if k in _CHOICES and not v.strip(): return f'{k}=""'
     free = isinstance(config_fields().get(k, (0,))[0], str) and k not in _CHOICES
     return f'{k}={json.dumps(v.strip(), ensure_ascii=False)}' if free and v.strip() != 'null' and not v.lstrip().startswith(('[', '"', "'")) else said
 
@@ -243,6 +244,8 @@ def _merge(path, overrides):
     bad = [o for o in overrides if '=' not in o]
     if bad: raise BoothError(f"{bad[0]!r} is not key=value; write it as, say, lr=1e-5")
     said = OmegaConf.from_dotlist([_written(o) for o in overrides])
+    for o in (given, said):
+        if not isinstance(o.get('preset', ''), (str, type(None))): raise BoothError(f"preset={o.get('preset')} is not a name; the presets are {', '.join(PRESETS)}")
     layers = [given, preset(said.get('preset')), said] if 'preset' in said else [preset(given.get('preset')), given, said]  # an override beats the file, and each beats the preset it names
     return OmegaConf.to_container(OmegaConf.merge(*layers))
 
@@ -256,6 +259,10 @@ def _mistyped(e):
     default = config_fields(cls)[name][0]
     what, example = _KINDS[type(default)]
     return f"{name}={e.value!r} is not {what}; write it as, say, {name}={example.format(default)}"
+
+_FOREIGN = dict(learning_rate='lr', network_dim='train.rank', max_train_steps='steps', train_data_dir='photos', instance_data_dir='photos', train_batch_size='batch_size', # what other trainers call it
+    class_data_dir='prior.folder', reg_data_dir='prior.folder', pretrained_model_name_or_path='model', output_dir='out', max_grad_norm='clip', gradient_accumulation_steps='accumulate', snr_gamma='min_snr',
+    min_snr_gamma='min_snr', prior_loss_weight='prior.weight', num_class_images='prior.n', lr_scheduler='schedule', lr_warmup_steps='warmup', optimizer_type='optimizer', rank='train.rank')
 
 def _misshaped(given):
     "What is wrong with a list that should be names and values, or the other way round."
@@ -277,7 +284,7 @@ def load(cls:DreamBoothConfig,
     except (OmegaConfBaseException, ValueError, OSError) as e: raise BoothError(f"{path or 'the config'} cannot be read: {str(e).splitlines()[0]}") from None
     if said := _misshaped(given): raise BoothError(said)
     for k, known in _unknown(given, config_fields()):
-        near = nearest(k, known)
+        near = _FOREIGN.get(k) or nearest(k, known)
         raise BoothError(f"no config key {k!r}" + (f"; did you mean {near!r}?" if near else f"; the keys are {', '.join(known)}"))
     try: return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DreamBoothConfig), given)).check()
     except OmegaConfBaseException as e: raise BoothError(_mistyped(e)) from None
@@ -344,6 +351,9 @@ def check_photos(
     n = len(photos)
     if n < cfg.min_photos: raise BoothError(f"{n} photo{'s'*(n != 1)} of the subject; {cfg.min_photos} at least are needed, add more (or say min_photos={n})")
     if cfg.batch_size > n > 1: raise BoothError(f"batch_size={cfg.batch_size} is more than the {n} photos; lower it to {n} (accumulate={math.ceil(cfg.batch_size/n)} adds steps up instead)")
+    for p in photos:
+        try: str(p.path).encode()
+        except UnicodeEncodeError: raise BoothError(f"the photo {str(p.path)!r} has a name that is not UTF-8; rename it") from None
     if n == 1: warnings.warn("one photo of the subject: its background will be learned with it; three to five in different places are better")
 
 # %% ../nbs/13_dreambooth.ipynb #6895feea
@@ -698,7 +708,7 @@ def _named(what, dotted, example):
 def _made(what, f, x, args, key):
     "An optimizer or a schedule with the configured arguments."
     try: made = f(x, **args)
-    except (TypeError, ValueError, AttributeError, KeyError) as e: raise BoothError(f"the {what} does not take {key}={args}: {str(e).partition(chr(10))[0]}") from None
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as e: raise BoothError(f"the {what} does not take {key}={args}: {str(e).partition(chr(10))[0]}") from None
     if not (hasattr(made, 'step') and hasattr(made, 'state_dict')):
         raise BoothError(f"{what} makes a {type(made).__name__}, which takes no steps; name an optimizer such as torch.optim.AdamW, or a schedule such as torch.optim.lr_scheduler.StepLR")
     return made
@@ -730,7 +740,7 @@ def _try_out(cfg, device):
     try:
         opt.step()
         for done in range(max(1, cfg.steps) if '.' in cfg.schedule else 1): sched.step()
-    except (TypeError, ValueError, RuntimeError) as e:
+    except (TypeError, ValueError, RuntimeError, LookupError, ArithmeticError) as e:
         which = f'step {done + 1} of {cfg.steps}' if done else 'a step'
         raise BoothError(f"optimizer={cfg.optimizer} with schedule={cfg.schedule} cannot take {which} ({str(e).partition(chr(10))[0]}); "
                          f"check optimizer_args={dict(cfg.optimizer_args)} and schedule_args={dict(cfg.schedule_args)}") from None
@@ -785,6 +795,12 @@ def data_options(
 
 def _flat(cfg): return {k: _get(cfg, k) for k in config_fields()}
 
+def base_weights(
+    pipe, # an untouched StableDiffusionPipeline
+) -> str: # 16 hexadecimal digits
+    "A hash of the weights that a run begins from."
+    return weights_hash((_shared_name(f'{part}.{name}'), p) for part in ('unet', 'text_encoder', 'vae') for name, p in getattr(pipe, part).named_parameters())
+
 def made_with(
     cfg,      # DreamBoothConfig
     concepts, # what was learned
@@ -808,7 +824,8 @@ def idle_keys(
     idle = {'loss.huber': l.kind == 'l2', 'loss.t_mean': uniform, 'loss.t_std': uniform,
             'data.views': cfg.fit != 'random-crop' and not cfg.data.colour, 'data.background': not any(c.masks for c in concepts),
             'train.rank': 'lora' not in (t.unet, t.text_encoder), 'train.unet_lr': t.unet == 'off', 'train.text_encoder_lr': t.text_encoder == 'off',
-            'train.token': whole, 'train.token_lr': whole or not t.token, 'schedule_args': '.' not in cfg.schedule}
+            'train.token': whole, 'train.token_lr': whole or not t.token, 'schedule_args': '.' not in cfg.schedule, 'warmup': '.' in cfg.schedule,
+            'template': bool(cfg.concepts) or cfg.captions != 'template', 'prior.n': bool(cfg.prior.folder)}
     return [k for k, o in idle.items() if o and _get(cfg, k) != config_fields()[k][0]]
 
 # %% ../nbs/13_dreambooth.ipynb #5748d937
@@ -830,6 +847,7 @@ def check_run(
     will, are = [c.token for c in cfg.subjects], [c.token for c in concepts]
     if cfg.train.token and set(will) != set(are): raise BoothError(f"train.token would train {', '.join(will)}, but the photos are of {', '.join(are)}; say token={are[0]}")
     check_weights(concepts)
+    check_tokens(concepts, pipe)
     for c in concepts:
         check_name(pipe.tokenizer, c.token, c.class_noun)
         c.cut(pipe)
@@ -857,12 +875,13 @@ def run_callbacks(
     resume=False, # go on from a checkpoint
     anyway=False, # even if the run is no longer the same
     processes:int=1, # that train together
+    weights:str='', # hash of what it begins from, see `base_weights`
 ) -> list:    # of callbacks
     "Log, checkpoints and prints of a run, in its folder."
     c, out = cfg.checkpoint, Path(out)
     epoch = sum(len(o.photos) for o in concepts)/(cfg.batch_size*cfg.accumulate*processes)  # steps
     every = max(1, round(c.epochs*epoch)) if c.epochs else c.every
-    keep = Checkpoints(out/'checkpoints', every, c.keep, made_with(cfg, concepts), resume, anyway, c.minutes)
+    keep = Checkpoints(out/'checkpoints', every, c.keep, made_with(cfg, concepts) | dict(weights=weights), resume, anyway, c.minutes)
     p, subject = cfg.prints, concepts[0].subject
     prints = Prints(pipe, [fill(o, subject) for o in p.prompts], out/'samples', p.every, cfg.seed, steps=p.steps, guidance=p.guidance or suited_guidance(pipe)) if p.every else None
     return [LossLog(out/'logs'/'loss.jsonl'), keep] + [prints]*bool(prints)
@@ -883,11 +902,12 @@ def build_learner(
     cfg = dataclasses.replace(cfg, steps=cfg.steps or suited_steps(pipe))
     acc = _accelerator(pipe, cfg, out)
     data, loss = training_set(concepts, pipe, resolution(cfg, pipe), cfg.seed, cfg.fit, cfg.flip, **data_options(cfg, out)), DreamBoothLoss(pipe, cfg)
+    weights = base_weights(pipe) if out else ''
     net = choose_parts(pipe, cfg)
     if cfg.gradient_checkpointing: _checkpointing(pipe)
     if cfg.compile: net.compile(dynamic=False)  # a program for each shape
     opt = make_optimizer(cfg, parameter_groups(net, cfg, pipe))
-    keep = run_callbacks(pipe, concepts, cfg, out, resume, anyway, acc.num_processes) if out else []
+    keep = run_callbacks(pipe, concepts, cfg, out, resume, anyway, acc.num_processes, weights) if out else []
     own = [NaNGuard(), Progress(), LivePlot(), Interrupts(), LetGo(*spare_parts(pipe, cfg)), *_halved(pipe, cfg)]
     if cfg.ema: own.append(EMA(cfg.ema))
     if cfg.trackers: own.append(Track(config=_flat(cfg), logs=Path(out)/'logs' if out else None))
@@ -1069,8 +1089,10 @@ def open_run(
     best, kept = run/'checkpoints'/'best', Checkpoints(run/'checkpoints')
     if not checkpoint: checkpoint = best if best.exists() else _newest(kept)
     if checkpoint is not None and not Path(checkpoint).is_dir(): raise BoothError(f"there is no checkpoint {checkpoint}; there are {', '.join(f.name for f in kept.found()) or 'none'}")
-    if checkpoint is None: raise BoothError(f"{run} has no whole checkpoint yet; train it with: blipbooth train --resume {run}")
+    if checkpoint is None: raise BoothError(f"{run} has no whole checkpoint yet; train it with: blipbooth train --resume {shlex.quote(str(run))}")
     pipe = load_pipeline(cfg.model or None)
+    began = load_json(Path(checkpoint)/'state.json')['info'].get('weights')
+    if began not in (None, base_weights(pipe)): warnings.warn(f"{cfg.model or 'the bundled model'} has other weights than when {run} learned from it; what was learned may not fit")
     load_weights(choose_parts(pipe, cfg), checkpoint, average=True)
     return pipe, cfg
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['winograd_matrices', 'winograd_conv2d', 'winograd_suits', 'gathered_conv2d', 'gathered_conv2d_input',
-           'gathering_suits', 'pointwise_conv2d', 'pointwise_suits', 'conv2d', 'FusedGEGLU', 'attend',
+           'gathering_suits', 'pointwise_conv2d', 'pointwise_suits', 'conv2d', 'FusedGEGLU', 'attend_each',
            'attend_unshifted', 'NarrowHeads', 'attend_narrowly', 'compiled', 'watched', 'quick']
 
 # %% ../nbs/06_layers.ipynb #f6194662
@@ -212,7 +212,7 @@ def _look(q, k, out): # softmax(q kᵀ / √d) of one picture (heads, n, m)
     return torch.softmax(torch.baddbmm(out, q, k.mT, beta=0, alpha=q.shape[-1]**-.5, out=out), -1, out=out)
 
 # %% ../nbs/06_layers.ipynb #f61570dd
-def attend(
+def attend_each(
     q, # (b, heads, n, d)
     k, v, # (b, heads, m, d)
 ): # (b, n, heads·d)
@@ -226,7 +226,7 @@ def attend_unshifted(
     k, v, # (b, heads, m, d)
     room:int=1<<19, # exponentials held at once, if one picture has fewer
 ): # (b, n, heads·d); carries no gradient
-    "`attend` by exponentials as they are, or by fused attention where they leave what float32 holds."
+    "`attend_each` by exponentials as they are, or by fused attention where they leave what float32 holds."
     (b, h, n, d), m = q.shape, k.shape[2]
     some, values = min(b, max(1, room//(h*n*m))), F.pad(v, (0, 1), value=1.) # pictures at a time
     looks, out = q.new_empty(some*h, m, n), q.new_empty(b*h, d + 1, n)
@@ -243,7 +243,7 @@ def attend_unshifted(
 
 # %% ../nbs/06_layers.ipynb #a3dd39ac
 class NarrowHeads(AttnProcessor2_0):
-    "diffusers' attention; on a CPU, where heads are at most 32 wide, by `attend` if the weights of a picture are few enough for the cache; on Intel's, without gradients only, by `attend_unshifted`."
+    "diffusers' attention; on a CPU, where heads are at most 32 wide, by `attend_each` if the weights of a picture are few enough for the cache; on Intel's, without gradients only, by `attend_unshifted`."
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, **kwargs):
         x, context = hidden_states, hidden_states if encoder_hidden_states is None else encoder_hidden_states
         way = None if kwargs or attention_mask is not None else _narrow(attn, x, context)
@@ -256,7 +256,7 @@ def _narrow(attn, x, context): # the way that is quicker than fused attention, o
     if not x.dtype == context.dtype == torch.float32 or x.device.type != 'cpu' or x.ndim != 3 or not _plain(attn): return None
     looks = attn.heads*x.shape[1]*context.shape[1]
     if _intel(): return attend_unshifted if not torch.is_grad_enabled() and 1<<13 < looks <= 1<<20 else None # fewer are quicker fused
-    return attend if looks <= 1<<20 and (looks > 1<<15 or not torch.is_grad_enabled()) else None # backward of few is quicker fused
+    return attend_each if looks <= 1<<20 and (looks > 1<<15 or not torch.is_grad_enabled()) else None # backward of few is quicker fused
 
 @lru_cache
 def _intel():

@@ -195,7 +195,7 @@ def _checked(folder, records):
 # %% ../nbs/09_priors.ipynb #3d302466
 def _check_drawn_for(noun, settings, folder):
     was = settings.get('class_noun') if isinstance(settings, dict) else None
-    if noun and was and str(noun).strip().lower() != was.lower():
+    if noun and isinstance(was, str) and str(noun).strip().lower() != was.lower():
         warnings.warn(f"the class images in {folder} were drawn for {was!r}, and the class noun is {noun!r}; choose another folder if they are not what it means")
 
 def load_priors(
@@ -286,7 +286,7 @@ def done(self:_Work): # Priors, or None
     "The first n of a finished set, without a look at its tries."
     records = _checked(self.folder, _manifest(self.folder)).records
     kept = list(itertools.accumulate(r['kept'] for r in records))
-    return Priors(self.folder, records[:kept.index(self.n) + 1]) if self.n in kept else None
+    return Priors(self.folder, records[:(kept.index(self.n)//self.candidates + 1)*self.candidates]) if self.n in kept else None # to the end of its candidates
 
 # %% ../nbs/09_priors.ipynb #81f2d144
 @patch
@@ -340,7 +340,7 @@ def make_priors(
     prompts = _as_list(plain if prompts is None else prompts)
     how = dict(how, steps=steps, guidance=guidance)
     _check(pipe, n, seed, prompts, threshold, dedupe, batch, tries, candidates, how)
-    choice = dict(threshold=threshold if matcher else None, dedupe=dedupe, candidates=candidates)
+    seed, choice = int(seed), dict(threshold=threshold if matcher else None, dedupe=dedupe, candidates=candidates)
     settings = _settings(pipe, class_noun, seed, prompts, matcher, choice, how)
     work = _Work(_owned(out_dir(_path('out', out) if out else _cache(settings)), settings), n, tries*n//candidates*candidates if matcher else n, batch, candidates)
     if done := work.done(): return done

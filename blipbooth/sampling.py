@@ -207,6 +207,7 @@ def _check_prompts(pipe, prompts, empty=False, long=False):
     if not prompts: raise BoothError("0 prompts; give at least one")
     for o in prompts:
         if not isinstance(o, str): raise BoothError(f"prompt {o!r} is not text; give a string or a list of strings")
+        if not o.isascii() and any('\ud800' <= x <= '\udfff' for x in o): raise BoothError(f"the prompt {o!r} has half of a character in it; write it anew")
         if not (empty or o.strip()): raise BoothError(f"the prompt {o!r} is empty; say what to print")
     limit = _token_limit(pipe) - 2
     for o in dict.fromkeys(prompts):
