@@ -245,7 +245,7 @@ def _merge(path, overrides):
     if bad: raise BoothError(f"{bad[0]!r} is not key=value; write it as, say, lr=1e-5")
     said = OmegaConf.from_dotlist([_written(o) for o in overrides])
     for o in (given, said):
-        if not isinstance(o.get('preset', ''), (str, type(None))): raise BoothError(f"preset={o.get('preset')} is not a name; the presets are {', '.join(PRESETS)}")
+        if not isinstance(o.get('preset', ''), (str, type(None))): raise BoothError(f"no preset {o.get('preset')}; the presets are {', '.join(PRESETS)}")
     layers = [given, preset(said.get('preset')), said] if 'preset' in said else [preset(given.get('preset')), given, said]  # an override beats the file, and each beats the preset it names
     return OmegaConf.to_container(OmegaConf.merge(*layers))
 
