@@ -697,7 +697,7 @@ def plot_losses(
     for name in names:
         avg, curve = None, []
         for r in records: curve.append(avg := r[name] if avg is None else smooth*avg + (1 - smooth)*r[name])
-        ax.plot([r['step'] for r in records], curve, label=name)
+        ax.plot([r['step'] for r in records], curve, label=name, marker='o' if len(records) == 1 else None)
     ax.set(xlabel='step', ylabel='loss, smoothed' if smooth else 'loss')
     ax.legend(frameon=False)
     return ax

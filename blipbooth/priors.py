@@ -130,11 +130,15 @@ def _adopted(folder, class_noun, matcher, threshold, dedupe):
     if not class_noun: raise BoothError(f"{folder} has no manifest.jsonl; say what its pictures show, such as class_noun='fox'")
     photos = load_images(folder)
     looked = _looks(matcher, photos, class_noun)
-    tries = {i: dict(index=i, prompt=article(class_noun), seed=None, score=s, vector=v, hash=file_hash(p.path), file=p.path.name) for i, (p, s, v) in enumerate(zip(photos, *looked))}
+    tries = {i: dict(index=i, prompt=_beside(p.path) or article(class_noun), seed=None, score=s, vector=v, hash=file_hash(p.path), file=p.path.name) for i, (p, s, v) in enumerate(zip(photos, *looked))}
     records = decide(tries, len(tries), threshold if matcher else None, dedupe)
     if any(r['kept'] for r in records): return records
     best = max(records, key=lambda r: r['score'])
     raise BoothError(f"none of the {len(records)} pictures in {folder} shows {article(class_noun)} (threshold {threshold}; the best rejected: {best['why']}, {folder/best['file']}); lower the threshold, or check the class noun")
+
+def _beside(path): # the text beside a picture, where there is one
+    f = next((o for o in (path.with_suffix('.txt'), path.with_suffix('.caption')) if o.is_file()), None)
+    return ' '.join(f.read_text(encoding='utf-8-sig', errors='replace').split()) if f else ''
 
 def _looks(matcher, images, class_noun):
     "Scores and packed embeddings of pictures; Nones without a matcher."
