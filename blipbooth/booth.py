@@ -197,6 +197,7 @@ def caption(self:Booth) -> L: # of Caption
         if [r['hash'] for r in rows] == [p.hash for p in self.photos]:
             self.captions = L(Caption(r['text'], float('nan') if r['score'] is None else r['score'], photo=p) for r, p in zip(rows, self.photos))
         else: self.captions = self.captioner(self.photos, prompt=article(self.cfg.class_noun))
+        self.heard = [*map(str, self.captions)]
         self.keep_captions()
     return self.captions
 
@@ -252,6 +253,8 @@ def draws(self:Booth): return bool(self.cfg.prior.weight) and not getattr(self, 
 def learned(self:Booth) -> list: # of Concept
     "What is learned; captions and class images that are missing are made."
     c = self.cfg
+    if hasattr(self, 'captions') and (c.concepts or c.captions != 'captioner') and [*map(str, self.captions)] != getattr(self, 'heard', None):
+        warnings.warn(f"booth.captions were set, and the {'concepts say theirs' if c.concepts else f'captions are those of {c.captions}'}: what was set is not trained with{'' if c.concepts else '; say captions=captioner'}")
     if not c.concepts:
         self.keep_captions() if hasattr(self, 'captions') else self.caption()
         if lost := nameless([o for o in self.captions if isinstance(o, str) and not isinstance(o, Caption)], c.token, c.class_noun): warnings.warn(f"{len(lost)} captions name neither {c.token!r} nor {c.class_noun!r} and count as 'a {self.subject}' (such as {lost[0]!r}); write {{subject}} where it belongs")

@@ -337,6 +337,7 @@ def _check_shapes(config, rest):
         if v is not None and not good(v): raise BoothError(f"{k}={v!r}; it must be {what}")
     for k in _no_use:
         if v := rest.get(k, getattr(config, k, None)): raise BoothError(f"{k}={v!r} means nothing to a captioner; leave it out")
+    config.use_cache = True                                   # it is what makes decoding fast
     if isinstance(config.watermarking_config, dict): config.watermarking_config = WatermarkingConfig(**config.watermarking_config)
     if isinstance(config.sequence_bias, dict): config.sequence_bias = [[list(k), v] for k, v in config.sequence_bias.items()]  # as JSON has it
     for k in 'logits_processor', 'stopping_criteria':

@@ -236,7 +236,7 @@ def sample(
     with for_writing(out) as folder:
         for i, im in enumerate(run_sample(pipe, batch=batch, **recipe)):
             made = im.info['recipe']
-            print(_put(im, folder, f"{made['seed']:04d}-{i if not like else made['index']:03d}"))
+            print(_put(im, folder, f"{'minus-'*(made['seed'] < 0)}{abs(made['seed']):04d}-{i if not like else made['index']:03d}"))
 
 # %% ../nbs/22_cli.ipynb #4fb343b6
 def _put(image, folder, name):

@@ -825,7 +825,7 @@ def idle_keys(
             'data.views': cfg.fit != 'random-crop' and not cfg.data.colour, 'data.background': not any(c.masks for c in concepts),
             'train.rank': 'lora' not in (t.unet, t.text_encoder), 'train.unet_lr': t.unet == 'off', 'train.text_encoder_lr': t.text_encoder == 'off',
             'train.token': whole, 'train.token_lr': whole or not t.token, 'schedule_args': '.' not in cfg.schedule, 'warmup': '.' in cfg.schedule,
-            'template': bool(cfg.concepts) or cfg.captions != 'template', 'prior.n': bool(cfg.prior.folder)}
+            'template': bool(cfg.concepts) or cfg.captions != 'template'}
     return [k for k, o in idle.items() if o and _get(cfg, k) != config_fields()[k][0]]
 
 # %% ../nbs/13_dreambooth.ipynb #5748d937
