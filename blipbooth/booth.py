@@ -103,7 +103,7 @@ class Booth:
         if c.class_noun and self.subject not in learned: raise BoothError(f"{self.out} has learned {learned[0]!r}, not {self.subject!r}; open it with that token and class noun, or choose another out=")
         return pipe.to(self.device)
     @property
-    def begun(self): return Checkpoints(self.out/'checkpoints').last() is not None # is there something to go on from?
+    def begun(self): return bool(Checkpoints(self.out/'checkpoints').found()) # is there something to go on from?
     def __repr__(self): return f'Booth({self.subject!r}, {len(self.photos)} photos, {self.out.name}/)'
 
 # %% ../nbs/20_booth.ipynb #aff2c529
