@@ -19,7 +19,7 @@ from .concept import Concept, check_name, nameless, read_captions
 from .core import BoothError, Settings, atomic_dir, atomic_write, load_json, out_dir, read_jsonl, resolve_model, save_json
 from .dreambooth import DreamBoothConfig, base_weights, build_learner, check_photos, check_run, estimate, load_concepts, made_with, open_run, suited_priors, suited_steps
 from .evaluation import Report, measure, prompt_fidelity, recipe, subject_fidelity
-from .images import contact_sheet, load_image, load_images, _suffixes
+from .images import contact_sheet, load_image, load_images, _suffixes, _text_beside
 from .learner import Callback
 from .matching import Matcher
 from .priors import article, class_prompts, load_priors, make_priors as draw_priors, _ClassHalf
@@ -47,9 +47,17 @@ def _moved(c, out):
 
 def _absolute(path): return str(Path(path).expanduser().resolve()) if path else '' # a run is gone on with from anywhere
 
+def _anchored(c):
+    "The folders of a configuration, by their absolute paths; a hub name, or a folder that is missed later, stays as it is."
+    def at(path): return _absolute(path) if path not in ('', 'alpha') and Path(path).expanduser().exists() else path
+    for k in ('model', 'captioner', 'matcher'): setattr(c, k, at(getattr(c, k)))
+    c.data, c.prior = dataclasses.replace(c.data, masks=at(c.data.masks)), dataclasses.replace(c.prior, folder=at(c.prior.folder))
+    c.concepts = [dataclasses.replace(o, photos=_absolute(o.photos), masks=at(o.masks), prior_folder=at(o.prior_folder)) for o in c.concepts]
+
 def _session(config, photos, token, class_noun, out):
     "A configuration of its own for a session, with the subject it is about."
     if not isinstance(config, (DreamBoothConfig, type(None))): raise BoothError(f"config={config!r} is a {type(config).__name__}; give a DreamBoothConfig, such as DreamBoothConfig.load('dreambooth.yaml')")
+    if config is photos is token is class_noun is None and out and (kept := Path(out).expanduser()/'config.yaml').is_file(): config = DreamBoothConfig.load(kept)  # a run is opened again
     c = dataclasses.replace(config or DreamBoothConfig()).check()
     _moved(c, out)
     if c.concepts and not (photos is None and token is None and class_noun is None): raise BoothError(f"{len(c.concepts)} subjects stand in config.concepts, with photos, token and class noun; leave those out here, or concepts there")
@@ -60,6 +68,10 @@ def _session(config, photos, token, class_noun, out):
     return c
 
 # %% ../nbs/20_booth.ipynb #6443910c
+def _marks(folder): # of the checkpoints that are there: others mean that another one may be the best, or the last
+    best = folder/'best'
+    return [(f.name, (f/'state.json').stat().st_mtime_ns) for f in Checkpoints(folder).found() if (f/'state.json').exists()], best.exists() and best.resolve()
+
 class Booth:
     "A session: one subject, one run folder."
     def __init__(self,
@@ -74,7 +86,7 @@ class Booth:
         self.photos = load_images(c.photos if photos is None else photos)
         if not c.concepts: check_photos(c, self.photos)  # of several subjects, `check_run` looks at all
         c.photos = _absolute(photos if isinstance(photos, (str, Path)) else c.photos if photos is None else '')
-        c.concepts = [dataclasses.replace(o, photos=_absolute(o.photos)) for o in c.concepts]
+        _anchored(c)
         own = f"cuda:{os.environ['LOCAL_RANK']}" if device is None and 'LOCAL_RANK' in os.environ and Settings.auto().device == 'cuda' else device  # a GPU a process
         self.cfg, self.device, self.seconds = c, Settings.auto(own).device, {}
         check_readers(c, self.pipe)
@@ -95,8 +107,12 @@ class Booth:
     def captioner(self): return Captioner.from_pretrained(self.cfg.captioner or None, device=self.device)
     @cached_property
     def matcher(self): return Matcher.from_pretrained(self.cfg.matcher or None, device=self.device)
-    @cached_property
+    @property
     def model(self): # what the run has learned: the best checkpoint, or the last; averaged, if it keeps an average
+        at = _marks(self.out/'checkpoints')
+        if vars(self).get('opened', (None,))[0] != at: self.opened = at, self.open()
+        return self.opened[1]
+    def open(self):
         if not self.begun: raise BoothError(f"{self.out} has learned nothing yet; call booth.train() first")
         pipe, c = open_run(self.out)
         learned = [f'{o.token} {o.class_noun}' for o in c.subjects]
@@ -160,8 +176,7 @@ def _save_photos(photos, files, folder):
         for p, (name, copied) in zip(photos, files):
             if copied: shutil.copyfile(p.path, new/name)
             else: p.image.save(new/name)
-            for text in (p.path.with_suffix('.txt'), p.path.with_suffix('.caption')) if p.path else ():
-                if text.is_file(): shutil.copyfile(text, (new/name).with_suffix(text.suffix))
+            if text := p.path and _text_beside(p.path): shutil.copyfile(text, (new/name).with_suffix(text.suffix))
 
 def _save_masks(masks, files, folder):
     "Masks under the names of the photos they belong to."
@@ -212,7 +227,7 @@ def keep_captions(self:Booth):
 def train_captions(self:Booth): # list of texts, with the subject's name
     read = lambda photos, prompt: [*map(str, self.captions)]
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', r'\d+ sidecars')  # has been said, when the booth was opened
+        warnings.filterwarnings('ignore', r'\d+ (sidecars|captions of)')  # has been said, when the booth was opened
         if self.cfg.concepts: return load_concepts(dataclasses.replace(self.cfg, concepts=self.cfg.concepts[:1]), read)[0].captions
         return read_captions(self.photos, self.cfg.token, self.cfg.class_noun, _caption_source(self.cfg, read), self.cfg.template)
 
@@ -226,7 +241,11 @@ def make_priors(self:Booth): # Priors; of several subjects, a list
     with _stage(self, 'priors'):
         if p.folder: self.priors = load_priors(p.folder, self.cfg.class_noun, **self.choice())
         else: self.priors = self.draw_class(self.cfg.class_noun, self.out/'priors', [*map(str, self.captions)])
+    self.drawn = self.priors, self.asked
     return self.priors
+
+@patch(as_prop=True)
+def asked(self:Booth): return dataclasses.astuple(self.cfg.prior), self.cfg.seed, self.cfg.class_noun # of class images
 
 @patch
 def choice(self:Booth) -> dict: # matcher, threshold, dedupe
@@ -258,7 +277,8 @@ def learned(self:Booth) -> list: # of Concept
     if not c.concepts:
         self.keep_captions() if hasattr(self, 'captions') else self.caption()
         if lost := nameless([o for o in self.captions if isinstance(o, str) and not isinstance(o, Caption)], c.token, c.class_noun): warnings.warn(f"{len(lost)} captions name neither {c.token!r} nor {c.class_noun!r} and count as 'a {self.subject}' (such as {lost[0]!r}); write {{subject}} where it belongs")
-        if self.draws and not hasattr(self, 'priors'): self.make_priors()
+        made, asked = getattr(self, 'drawn', (None, None))
+        if self.draws and (not hasattr(self, 'priors') or self.priors is made and asked != self.asked): self.make_priors()  # those set by hand stay
         return [Concept(self.photos, c.token, c.class_noun, self.train_captions, self.priors if self.draws else None, masks=self.masks)]
     with _stage(self, 'priors'):
         concepts = self.concepts(self.captioner)
@@ -291,13 +311,13 @@ def train(self:Booth,
     kept = Checkpoints(self.out/'checkpoints', anyway=anyway)
     self.accepted, found = False, kept.last()
     if found and not resume: raise BoothError(f"{self.out} holds a trained run already ({found.name}); resume it or choose another out=")
-    if found: kept.same_as(found, made_with(self.cfg, self.concepts(_no_captions)) | dict(weights=base_weights(self.pipe)), but=('captions', 'priors', 'masks'))  # before those are made
+    if found: kept.same_as(found, made_with(self.cfg, self.concepts(_no_captions)) | dict(weights=base_weights(self.pipe)), but=('captions', 'priors', 'prior_prompts', 'masks'))  # before those are made
     self.own_class = [o for o in cbs if isinstance(o, _ClassHalf)]  # these make class images, or do without
     if self.own_class and not self.cfg.prior.weight: raise BoothError(f"{type(self.own_class[0]).__name__} would not be heard, since prior.weight is 0; raise it, 1 is usual")
     with PartialState(cpu=self.device == 'cpu').main_process_first():
         concepts = self.learned()
         if not ('estimate.json' in self.files or (self.out/'estimate.json').exists()): self.estimate()
-    for name in ('pipe', 'captioner', 'matcher', 'model'): self.__dict__.pop(name, None)
+    for name in ('pipe', 'captioner', 'matcher', 'opened'): self.__dict__.pop(name, None)
     with _stage(self, 'train'), warnings.catch_warnings():
         for said in ('one photo', 'set, and without effect'): warnings.filterwarnings('ignore', said)
         pipe = load_pipeline(self.cfg.model or None, device=self.device)
@@ -389,6 +409,7 @@ def evaluate(self:Booth,
 ) -> Report:
     "Measure before and after; writes report.json, report.html and contact-sheet.png."
     self.model                                                 # a run that has learned nothing is found out before the work
+    self.seconds.pop('evaluate', None)                         # of this time alone
     if not hasattr(self, 'captions'): self.caption()
     noun, asked = self.cfg.class_noun, [f'{article(self.cfg.class_noun)} {p}' for p in self.places()]
     with _stage(self, 'evaluate'):

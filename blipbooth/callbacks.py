@@ -336,7 +336,7 @@ def same_as(self:Checkpoints,
 ): # list of texts, one for each change
     "What has changed since a checkpoint, refused unless told otherwise."
     old, new = load_json(folder/'state.json')['info'], json.loads(json.dumps(info))
-    but = (*but, *['weights']*('weights' not in old)) # which older checkpoints do not tell
+    but = (*but, *({'weights', 'prior_prompts'} - {*old})) # which older checkpoints do not tell
     differ = [_changed(k, old.get(k), new.get(k)) for k in {**old, **new} if k not in but and old.get(k) != new.get(k)]
     if differ and not self.anyway: raise BoothError(f"{folder} belongs to another run ({'; '.join(differ)}); give this one a folder of its own{', or resume all the same with anyway=True'*(self.anyway is not None)}")
     return differ
@@ -388,7 +388,9 @@ def after_step(self:Checkpoints):
 @patch
 def after_cancel(self:Checkpoints):
     "What was learned until a callback ended it is kept."
-    if self.learn.step and not whole(self.folder/f'step-{self.learn.step:06d}'): self.after_fit()
+    acc = self.learn.accelerator
+    kept = acc.is_main_process and whole(self.folder/f'step-{self.learn.step:06d}')
+    if self.learn.step and not anyone(acc, kept): self.after_fit()  # the first process says so for all
 
 @patch
 def after_fit(self:Checkpoints):

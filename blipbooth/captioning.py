@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import groupby, islice
 from multiprocessing import connection, get_context, parent_process
+from numbers import Integral
 from pathlib import Path
 from threading import Thread
 
@@ -33,9 +34,9 @@ from transformers import (BlipForConditionalGeneration, BlipProcessor, Generatio
     StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer)
 
 from .core import (BoothError, Settings, atomic_dir, file_hash, for_writing, load_json, nearest, out_dir, progress, resolve_model, save_json,
-    stateless_seed, weights_hash)
+    stateless_seed, weights_hash, _number)
 from .decoding import (CACHE, FastDecoder, ImageCache, alternatives, constrained_beam_search, diverse_beam_search, fast_generate, image_memory, packed,
-    quiet_transformers, seeded_sample, vision_features)
+    quiet_transformers, seeded_sample, vision_features, _loading)
 from .images import Photo, _suffixes, fit as fit_image, load_image, load_images, to_tensor
 
 # %% ../nbs/03_captioning.ipynb #e09dcbeb
@@ -78,7 +79,7 @@ def load_blip(
     name = name_or_path or folder.name
     found = _check_config(folder, name, cls, kind)
     try:
-        with quiet_transformers():
+        with _loading():
             kw = dict(local_files_only=True)
             model, info = cls.from_pretrained(folder, dtype=settings.dtype, use_safetensors=True, output_loading_info=True, **kw)
             processor = BlipProcessor.from_pretrained(folder, **kw)
@@ -198,7 +199,7 @@ def check_size(self:Blip,
 ):
     "Refuse a size that the vision model cannot cut into patches."
     v = self.model.config.vision_config
-    if size is not None and (type(size) is not int or not v.patch_size <= size <= 8192 or size % v.patch_size):
+    if size is not None and (isinstance(size, bool) or not isinstance(size, Integral) or not v.patch_size <= size <= 8192 or size % v.patch_size):
         raise BoothError(f"size={size!r}; it must be a multiple of the model's patches of {v.patch_size} pixels, up to 8192, such as {v.image_size}")
 
 @patch
@@ -428,7 +429,7 @@ def decoding_config(
 )->tuple: # (GenerationConfig, dict of what else `generate` takes)
     "Checked decoding options."
     if not isinstance(generation_config, (GenerationConfig, type(None))): raise BoothError(f"generation_config is a {type(generation_config).__name__}; give a GenerationConfig, or the options themselves as keywords")
-    config, decoding = deepcopy(generation_config) if generation_config else GenerationConfig(), _preset(decoding)
+    config, decoding = deepcopy(generation_config) if generation_config else GenerationConfig(), {k: v if isinstance(v, (list, tuple)) else _number(v) for k, v in _preset(decoding).items()}
     saved = getattr(config, 'blipbooth', None) or {}          # of a folder's captions
     if saved.get('seed') is not None: decoding = {'seed': saved['seed'], **decoding}
     options = {k: v for k, v in decoding.items() if k in vars(config)}
@@ -504,7 +505,7 @@ def text_ids(self:Blip,
     start:int, # id that goes in front
 )->list: # of lists of ids
     "Sentences as ids, with start and end token."
-    texts = [o.text if isinstance(o, Caption) else o for o in listify(texts.tolist() if hasattr(texts, 'tolist') else texts)]
+    texts = [o.text if isinstance(o, Caption) else o for o in _texts(texts)]
     if not texts: raise BoothError("0 texts; give at least one")
     limit = self.text_config.max_position_embeddings
     for t in texts:
@@ -515,8 +516,10 @@ def text_ids(self:Blip,
     return ids
 
 # %% ../nbs/03_captioning.ipynb #3a886cc7
+def _texts(x): return listify(x.tolist() if hasattr(x, 'tolist') else x) # a column of a table, too
+
 def _check_batch(n):
-    if type(n) is not int or n < 1: raise BoothError(f"batch_size={n!r}; it must be a whole number of 1 or more")
+    if isinstance(n, bool) or not isinstance(n, Integral) or n < 1: raise BoothError(f"batch_size={n!r}; it must be a whole number of 1 or more")
 
 def _pairs(photos, texts):
     "How many pairs `photos` and `texts` make, where one of them may stand for many."
@@ -1031,6 +1034,7 @@ class FolderCaptions:
     there: int = 0 # captioned by calls before it
     bad: int = 0 # pictures that could not be read
     kept: int = 0 # sidecars with another text, left as they were
+    gone: int = 0 # captions whose pictures are no longer there
     seconds: float = 0. # how long this call took
     def _beside(self, name): return self.log.with_name(name if self.log.name == 'metadata.jsonl' else f'{self.log.stem}.{name}')
     @property
@@ -1039,6 +1043,12 @@ class FolderCaptions:
     def config_file(self): return self._beside('generation_config.json')
     @property
     def errors(self): return read_records(self.errors_file)
+    def names(self):
+        "The pictures that have captions; counts those that are no longer there."
+        self.gone = 0
+        for o in self:
+            self.gone += not (self.folder/o['file_name']).exists()
+            yield o['file_name']
     def __iter__(self): return read_records(self.log)
     def __len__(self): return self.new + self.there
 
@@ -1048,6 +1058,7 @@ def __repr__(self:FolderCaptions):
     "Counts, rate, and where it all is."
     parts = [f"{self.new:,} new" + (f" at {self.new/self.seconds:,.1f} a second" if self.new and self.seconds else '')]
     if self.there: parts.append(f"{self.there:,} were there")
+    if self.gone: parts.append(f"{self.gone:,} of them without their pictures, which are gone; take their lines out, or caption anew with overwrite")
     if self.kept: parts.append(f"{self.kept:,} sidecars with another text kept")
     if self.bad:
         names = ', '.join(o['file_name'] for o in islice(self.errors, 3)) + (', …' if self.bad > 3 else '')
@@ -1150,7 +1161,7 @@ def _only_run(log):
     "Keep a second run away from a log; the system lets go of it when a run is killed."
     lock = FileLock(log.with_name(f'.{log.name}.lock'))
     try: lock.acquire(timeout=.5)                             # the readers of a run that was killed hold it a moment longer
-    except Timeout: raise BoothError(f"another run is writing to {log}; wait for it, or choose another out=") from None
+    except Timeout: raise BoothError(f"another run is writing to {log}; wait for it, or choose another out= (shares of one folder are written there one after another, or all at once by accelerate launch)") from None
     try: yield
     finally:
         Path(lock.lock_file).unlink(missing_ok=True)
@@ -1220,7 +1231,7 @@ def caption_folder(self:Captioner,
     with for_writing(res.log.parent), _only_run(res.log) if share.first else nullcontext():
         if share.first: res._open_log(go_on, side, share)
         share.meet()
-        done = NameSet(o['file_name'] for o in res)
+        done = NameSet(res.names())
         res.there = len(done)
         share.meet()                                          # all know what is done before one of them adds to it
         names = (o for o in picture_files(res.folder, recursive) if o in share and o not in done)

@@ -258,6 +258,7 @@ def _linked(made, path):
         os.rename(made, path)
     return path
 
+# %% ../nbs/22_cli.ipynb #5ccb284a
 def _span(interval):
     "Two shares of the way from a text such as 0.2,0.6; None for all of it."
     from blipbooth.core import BoothError
@@ -276,7 +277,7 @@ def _printer(run, model, precision=None):
 def _again(like, prompt, given, init, mask):
     "The arguments that make a print again; refuses what would make another one."
     from blipbooth.core import BoothError
-    from blipbooth.images import load_image
+    from blipbooth.images import load_image, load_mask
     from blipbooth.sampling import read_recipe
     usual = inspect.signature(sample).parameters
     other = [f'--{k}' for k, v in given.items() if v != usual[k].default]
@@ -286,7 +287,7 @@ def _again(like, prompt, given, init, mask):
         want = recipe.get(name, {}).get('hash')
         if bool(path) != bool(want): raise BoothError(f"{like} began {'with' if want else 'without'} a picture to {name}; {'give it with' if want else 'leave out'} --{name}")
         if not path: continue
-        if (has := load_image(path).hash) != want: raise BoothError(f"{path} is not the picture that {like} began with ({has}, not {want}); give the same file")
+        if (has := (load_mask if name == 'mask' else load_image)(path).hash) != want: raise BoothError(f"{path} is not the picture that {like} began with ({has}, not {want}); give the same file")
         recipe[name] = path
     return recipe
 
@@ -371,7 +372,7 @@ def _call(f, argv):
     "Parse the arguments of a verb and call it."
     p = parser(f)
     if f is train and {'-h', '--help'} & set(argv): p.epilog = _keys()
-    a = vars(p.parse_intermixed_args(argv))
+    a = vars(p.parse_args(argv) if '--' in argv else p.parse_intermixed_args(argv)) # which knows no --
     kinds = inspect.signature(f).parameters
     rest = [v for k, vs in a.items() if kinds[k].kind == inspect.Parameter.VAR_POSITIONAL for v in vs]
     first = [a[k] for k, p in kinds.items() if p.kind == p.POSITIONAL_OR_KEYWORD and p.default is p.empty]

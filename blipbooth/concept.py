@@ -23,7 +23,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from .core import BoothError, atomic_write, file_hash, generator, nearest, randn, stateless_shuffle, weights_hash
-from .images import fit as fit_image, load_image, load_images, to_tensor, show_grid, _open, _sources, _upright
+from .images import fit as fit_image, load_image, load_images, load_mask, to_tensor, show_grid, _has_alpha, _open, _read_text, _sources, _text_beside, _upright
 from .priors import article, Priors
 from .sampling import _token_limit
 
@@ -31,13 +31,16 @@ from .sampling import _token_limit
 def _named_by(class_noun): # as a word of its own, with what belongs to it
     return re.compile(rf'(?<![\w-])(?:(an?|the) )?((?:small|large) )?{re.escape(class_noun)}(?![\w-])', re.I)
 
+def _says(text, token): # as a word of its own
+    return re.search(rf'(?<!\w){re.escape(token)}(?!\w)', text, re.I)
+
 def nameless(
     texts,          # captions
     token:str,      # the rare token
     class_noun:str, # what the subject is
 ) -> list:          # those of them that name neither, of which `personalise` leaves the name alone
     "Captions that say nothing of the subject."
-    return [t for t in map(str, texts) if '{' not in t and not re.search(rf'(?<!\w){re.escape(token)}(?!\w)', t, re.I) and not _named_by(class_noun).search(t)]
+    return [t for t in map(str, texts) if '{' not in t and not _says(t, token) and not _named_by(class_noun).search(t)]
 
 def personalise(
     caption:str,    # what the captioner read
@@ -67,17 +70,14 @@ def fill_template(
 def _named(text, token, class_noun):
     "A caption with the subject's name in it."
     if '{' in text: return fill_template(text, token, class_noun)
-    return text if re.search(rf'(?<!\w){re.escape(token)}(?!\w)', text, re.I) else personalise(text, token, class_noun)
+    return text if _says(text, token) else personalise(text, token, class_noun)
 
 def _sidecar(photo):
     "The text beside a photo."
     if photo.path is None: raise BoothError(f"{photo.name} has no file, so no sidecar; give its caption in a list")
-    txt = photo.path.with_suffix('.txt')
-    f = next((o for o in (txt, photo.path.with_suffix('.caption')) if o.is_file()), txt)
-    try: text = f.read_text(encoding='utf-8-sig').strip() if f.is_file() else ''  # some editors begin a file with a mark
-    except UnicodeDecodeError as e: raise BoothError(f"the sidecar {f} is not UTF-8 text ({e.reason} at byte {e.start}); save it as UTF-8") from None
-    if not text: raise BoothError(f"the sidecar {f} is {'empty' if f.is_file() else 'missing'}; write a caption into it (blipbooth caption FOLDER --sidecars writes them), or use a template")
-    return ' '.join(text.split())
+    f = _text_beside(photo.path)
+    if text := f and _read_text(f): return text
+    raise BoothError(f"the sidecar {f or photo.path.with_suffix('.txt')} is {'empty' if f else 'missing'}; write a caption into it (blipbooth caption FOLDER --sidecars writes them), or use a template")
 
 def read_captions(
     photos,         # Photos
@@ -97,6 +97,8 @@ def read_captions(
     if isinstance(how, str): raise BoothError(f"captions={how!r} is unknown; it is sidecars, a captioner or a list of texts")
     if callable(how): how, told = how(photos, prompt=article(class_noun)), False
     else: how, told = list(how), True
+    lost = nameless([c for c in how if isinstance(c, str)], token, class_noun) if told else []
+    if lost: warnings.warn(f"{len(lost)} captions of the list name neither {token!r} nor {class_noun!r} and are trained as they are (such as {lost[0]!r}); write {{subject}} where the name belongs")
     if len(how) != len(photos): raise BoothError(f"{len(how)} captions for {len(photos)} photos; give one a photo")
     return [str(c) if told and isinstance(c, str) and '{' not in c else _named(str(c), token, class_noun) for c in how]
 
@@ -124,6 +126,15 @@ class RareToken(NamedTuple):
     id:int     # its id; the higher, the rarer
     merges:int # merges of the tokenizer that build on it
 
+def _short_words(tokenizer, longest=4):
+    "The short words that a tokenizer has as one piece, and the id from which on they are its rarer half."
+    model = json.loads(tokenizer.backend_tokenizer.to_str())['model']
+    merges = [m if isinstance(m, (list, tuple)) else m.split(' ') for m in model['merges']]
+    used = Counter(part for m in merges for part in m)
+    words = {v[:-4]: i for v, i in model['vocab'].items() if re.fullmatch('[a-z]{2,}</w>', v) and len(v) <= longest + 4}
+    found = [RareToken(w, i, used[w] + used[w + '</w>']) for w, i in words.items() if tokenizer.tokenize(w) == [w + '</w>']]
+    return found, sorted(t.id for t in found)[len(found)//2] if found else 0
+
 def suggest_tokens(
     tokenizer,   # a CLIP tokenizer
     n:int=10,    # how many
@@ -131,13 +142,8 @@ def suggest_tokens(
     taken=('sks',),# words to leave out
 ) -> list:       # of RareToken, the best first
     "Short rare words of a tokenizer: one id each, in few merges or none."
-    model = json.loads(tokenizer.backend_tokenizer.to_str())['model']
-    merges = [m if isinstance(m, (list, tuple)) else m.split(' ') for m in model['merges']]
-    used = Counter(part for m in merges for part in m)
-    words = {v[:-4]: i for v, i in model['vocab'].items() if re.fullmatch('[a-z]{2,}</w>', v) and len(v) <= longest + 4}
-    found = [RareToken(w, i, used[w] + used[w + '</w>']) for w, i in words.items() if w not in taken and tokenizer.tokenize(w) == [w + '</w>']]
-    half = sorted(t.id for t in found)[len(found)//2:][:1]  # the common half of the words is left out
-    return sorted((t for t in found if t.id >= half[0]), key=lambda t: (t.merges, len(t.token), -t.id))[:n] if found else []
+    found, half = _short_words(tokenizer, longest)
+    return sorted((t for t in found if t.id >= half and t.token not in taken), key=lambda t: (t.merges, len(t.token), -t.id))[:n]
 
 # %% ../nbs/10_concept.ipynb #7314171f
 def _hint(tokenizer, what, word):
@@ -153,14 +159,7 @@ def _alpha(photo):
     if not _has_alpha(im): raise BoothError(f"{photo.path} has no alpha channel; save it as a PNG with one, or give mask files")
     return _upright(im).convert('RGBA').getchannel('A')
 
-def _has_alpha(im): return bool({'A', 'a'} & set(im.getbands())) or 'transparency' in im.info
-
-def _grey(x):
-    "A mask in grey; where it is transparent, it is black."
-    im = _open(Path(x).expanduser()) if isinstance(x, (str, Path)) else x
-    if not (isinstance(im, Image.Image) and _has_alpha(im)): return load_image(x).image.convert('L')
-    im = _upright(im).convert('RGBA')
-    return Image.alpha_composite(Image.new('RGBA', im.size, 'black'), im).convert('L')
+def _grey(x): return load_mask(x).image.convert('L')
 
 def _mask_file(folder, photo):
     "The mask of the same name in a folder."
@@ -397,10 +396,17 @@ def _counts(weights):
 def check_tokens(
     concepts, # of Concept
     pipe,     # StableDiffusionPipeline whose tokenizer reads their tokens
+    embedded:bool=False, # are the tokens' own embeddings learned?
 ):
-    "Refuse subjects of one name, as the tokenizer reads it."
-    read = {tuple(pipe.tokenizer(c.token, add_special_tokens=False).input_ids) for c in concepts}
+    "Refuse subjects of one name, as the tokenizer reads it; warn of names that share a piece whose embedding is learned, and of common words."
+    read = {tuple(pipe.tokenizer(c.token, add_special_tokens=False).input_ids): c.token for c in concepts}
     if len(read) < len(concepts): raise BoothError(f"{len(concepts)} concepts with {len(read)} tokens ({', '.join(c.token for c in concepts)}, whose case and spaces do not count); each needs one of its own")
+    shared = [t for ids, t in read.items() if any({*ids} & {*o} for o in read if o != ids)]
+    if embedded and shared: warnings.warn(f"the tokens {', '.join(shared)} have pieces in common, whose embeddings learn several subjects at once; choose tokens of one piece, see suggest_tokens")
+    half = _short_words(pipe.tokenizer)[1]
+    common = [w for c in concepts for w in c.token.split() if pipe.tokenizer(w, add_special_tokens=False).input_ids[0] < half and len(pipe.tokenizer.tokenize(w)) == 1]
+    rare = [t.token for t in suggest_tokens(pipe.tokenizer, 3)]
+    if common: warnings.warn(f"the token {common[0]!r} is a common word of the model, and will mean the subject wherever it stands; choose a rare one, such as {', '.join(['sks', *rare])}")
 
 def check_weights(
     concepts, # of Concept

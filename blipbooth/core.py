@@ -10,6 +10,8 @@ __all__ = ['BoothError', 'nearest', 'bundled', 'subject_photos', 'resolve_model'
 # %% ../nbs/00_core.ipynb #8dfaa0c5
 import contextlib, difflib, hashlib, json, os, random, secrets, shutil, sys
 from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
 # %% ../nbs/00_core.ipynb #634529cd
@@ -137,6 +139,12 @@ def _plain(x):
     if isinstance(x, (list, tuple)): return tuple(map(_plain, x))
     if x is None or isinstance(x, (bool, int, float, str, bytes)): return x
     raise TypeError(f"a part of a seed must be a number, a string or None, not {type(x).__name__}")
+
+def _number(x):
+    "A number of numpy, torch, fractions or decimal as Python's own, or a list of them; anything else as it is."
+    if hasattr(x, 'tolist'): x = x.tolist()
+    if isinstance(x, (list, tuple)): return tuple(map(_number, x)) if isinstance(x, tuple) else [*map(_number, x)]
+    return float(x) if isinstance(x, (Fraction, Decimal)) else x
 
 def stateless_seed(
     *parts, # what the number is for: seed, name, epoch, index, step …

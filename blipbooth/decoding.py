@@ -10,7 +10,7 @@ __all__ = ['CACHE', 'quiet_transformers', 'random_blip', 'heads', 'vision_featur
            'GumbelNoise', 'seeded_sample']
 
 # %% ../nbs/02_decoding.ipynb #b5d460a6
-import copy, inspect, os, platform, warnings, weakref
+import copy, inspect, os, platform, threading, warnings, weakref
 from contextlib import contextmanager
 from functools import cache as once
 from itertools import zip_longest
@@ -30,6 +30,13 @@ from .core import stateless_seed
 CACHE = 'cache' if 'cache' in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters else 'past_key_values' # as transformers names it from 5.24 on, and before
 
 # %% ../nbs/02_decoding.ipynb #9175e203
+_one_at_a_time = threading.RLock()
+
+@contextmanager
+def _loading():
+    "For the loading of models, quietly, and one at a time: transformers and diffusers set torch up for it, for all threads."
+    with _one_at_a_time, quiet_transformers(): yield
+
 @contextmanager
 def quiet_transformers():
     "Silence the bars, logs and warnings of transformers inside the `with` block."
@@ -482,7 +489,9 @@ def _collect(pictures, n, pad): # the n best rows of each picture: the best of e
     out = []
     for groups in pictures:
         rounds = zip_longest(*(g.done.kept or [((-1e9, -1e9), g.rows[0])] for g in groups))
-        out += [row for r in rounds for _, row in sorted(filter(None, r), key=lambda o: o[0], reverse=True)][:n]
+        rows = [row for r in rounds for _, row in sorted(filter(None, r), key=lambda o: o[0], reverse=True)]
+        first = [row for i, row in enumerate(rows) if row not in rows[:i]]  # two groups may end in one sentence
+        out += [*first, *(row for i, row in enumerate(rows) if row in rows[:i])][:n]
     most = max(map(len, out))
     return [r + [pad]*(most - len(r)) for r in out]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from fastcore.basics import patch
-from .core import BoothError, _check_name
+from .core import BoothError, _check_name, _number
 
 # %% ../nbs/07_diffusion.ipynb #87eb844d
 def alpha_sigma(
@@ -266,9 +266,8 @@ class Guidance:
     threshold: float = 15. # apg: r, the longest update; None for no limit
     eta: float = 0. # apg: η, how much of the part along the prompt's answer
     def __post_init__(self):
-        for k, v in vars(self).copy().items():
-            if hasattr(v, 'tolist'): object.__setattr__(self, k, v.tolist())
         if hasattr(self.interval, '__iter__'): object.__setattr__(self, 'interval', tuple(self.interval))
+        for k, v in vars(self).copy().items(): object.__setattr__(self, k, _number(v)) # a recipe is to say what was computed with
         _check_guidance(self)
     def changes(self):
         "The parts that are not as usual, as a dict."

@@ -16,7 +16,7 @@ import dataclasses, json, math, re, shlex, warnings, weakref
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from importlib import import_module
 from types import SimpleNamespace
@@ -30,26 +30,32 @@ from torch.utils._pytree import tree_leaves
 from diffusers.models.activations import GEGLU
 from fastcore.basics import patch
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException, ValidationError
 from peft.tuners.lora import Linear as LoraLinear
 from safetensors.torch import load_file, save_file
 from yaml import YAMLError
 from .callbacks import EMA, Checkpoints, Halved, Interrupts, LetGo, LivePlot, LossLog, NaNGuard, Prints, Progress, Track, check_trackers, checkpoint_step, load_weights
 from .decoding import quiet_transformers
 from .concept import Concept, DataOptions, check_name, check_tokens, check_weights, fitted_masks, load_masks, training_set, training_views, _step
-from .core import BoothError, atomic_dir, atomic_write, file_hash, load_json, nearest, stateless_seed, weights_hash, _check_name
+from .core import BoothError, atomic_dir, atomic_write, file_hash, load_json, nearest, stateless_seed, weights_hash, _check_name, _choices
 from .diffusion import add_noise, alpha_sigma, debiased_weight, logit_normal, min_snr_weight, p2_weight, prior_loss, snr, target
 from .layers import attend_narrowly, conv2d, gathered_conv2d_input, gathering_suits, pointwise_conv2d, pointwise_suits, winograd_conv2d, winograd_suits
 from .learner import Learner
 from .priors import load_priors
-from .sampling import fill, is_small, load_pipeline, make_scheduler, suited_guidance, _check_pipe, _check_prompts, _check_steps, _shared_name
+from .sampling import fill, is_small, load_pipeline, make_scheduler, suited_guidance, _check_pipe, _check_prompts, _check_steps, _weights
 
 # %% ../nbs/13_dreambooth.ipynb #ec931f1c
 def _f(default, doc): return field(default=default, metadata=dict(doc=doc))
 def _sub(cls, doc): return field(default_factory=cls, metadata=dict(doc=doc))
 
+class _Keys:
+    def __setattr__(self, k, v): # a key that is mistyped would be kept, and never be heard
+        known = [f.name for f in dataclasses.fields(self)]
+        if k not in known: raise BoothError(f"no config key {k!r}; {_choices(k, known)}")
+        object.__setattr__(self, k, v)
+
 @dataclass
-class TrainConfig:
+class TrainConfig(_Keys):
     "Which parts of the model learn."
     unet:str = _f('full', 'the UNet: off, full or lora')
     text_encoder:str = _f('full', 'the text encoder: off, full or lora')
@@ -60,7 +66,7 @@ class TrainConfig:
     token_lr:float = _f(0., "the token embedding's learning rate; 0: lr")
 
 @dataclass
-class PriorConfig:
+class PriorConfig(_Keys):
     "Class images that hold the model in place."
     n:int = _f(0, 'how many class images; 0: 100, or for the bundled model 50, chosen from 100')
     weight:float = _f(1., 'weight of their loss; 0 trains without prior preservation')
@@ -71,7 +77,7 @@ class PriorConfig:
 
 # %% ../nbs/13_dreambooth.ipynb #cb87a9e4
 @dataclass
-class LossConfig:
+class LossConfig(_Keys):
     "How the error is measured, and at which timesteps."
     kind:str = _f('l2', 'l2, or huber: squared for small errors, straight for large ones')
     huber:float = _f(.1, 'where the huber loss turns straight')
@@ -86,7 +92,7 @@ class LossConfig:
 
 # %% ../nbs/13_dreambooth.ipynb #28146071
 @dataclass
-class CheckpointConfig:
+class CheckpointConfig(_Keys):
     "When the state of training is kept."
     every:int = _f(200, 'steps between two checkpoints')
     keep:int = _f(3, 'how many are kept')
@@ -96,7 +102,7 @@ class CheckpointConfig:
     patience:int = _f(0, 'checkpoints without a better one after which training ends; 0: never')
 
 @dataclass
-class PrintsConfig:
+class PrintsConfig(_Keys):
     "Prints on the way."
     every:int = _f(0, 'steps between two looks; 0: none')
     prompts:List[str] = field(default_factory=lambda: ['a {subject}', 'a {subject} on a purple background'], metadata=dict(doc='what is printed'))
@@ -105,7 +111,7 @@ class PrintsConfig:
 
 # %% ../nbs/13_dreambooth.ipynb #943ec351
 @dataclass
-class DataConfig:
+class DataConfig(_Keys):
     "How photos and captions are made into samples."
     views:int = _f(8, 'crops and colours of a photo, where fit=random-crop or colour is on')
     colour:float = _f(0., 'how far brightness, contrast and saturation turn; 0: not at all')
@@ -117,7 +123,7 @@ class DataConfig:
 
 # %% ../nbs/13_dreambooth.ipynb #6beee0bb
 @dataclass
-class ConceptConfig:
+class ConceptConfig(_Keys):
     "One of several subjects."
     photos:str = _f('', 'folder with three to five photos of the subject')
     token:str = _f('sks', 'rare token that will mean the subject')
@@ -131,7 +137,7 @@ class ConceptConfig:
 
 # %% ../nbs/13_dreambooth.ipynb #7b75da3c
 @dataclass
-class DreamBoothConfig:
+class DreamBoothConfig(_Keys):
     "Everything a DreamBooth run is made from."
     preset:str = _f('', 'fast, faithful, low-memory, paper or original: other defaults')
     photos:str = _f('', 'folder with three to five photos of the subject')
@@ -254,6 +260,7 @@ _KINDS = {bool: ('true or false', 'true'), int: ('a whole number', '{}'), float:
 
 def _mistyped(e):
     "What is wrong with a value of the wrong type, and how its key is written."
+    if isinstance(e, InterpolationResolutionError) and not isinstance(e, ValidationError): return f"{e.full_key} refers to something that is not there ({str(e).splitlines()[0]}); a text with ${{…}} in it is written \\${{…}}"
     name, cls = re.sub(r'\[\d+\]$', '', e.full_key or ''), ConceptConfig if e.object_type is ConceptConfig else DreamBoothConfig
     if name not in config_fields(cls): return f'config key {e.full_key!r}: {str(e).splitlines()[0]}'
     default = config_fields(cls)[name][0]
@@ -268,6 +275,9 @@ def _misshaped(given):
     "What is wrong with a list that should be names and values, or the other way round."
     for k, example in (('optimizer_args', 'eps=1e-6'), ('schedule_args', 'T_max=300')):
         if isinstance(given.get(k), list): return f"{k}={given[k]} is a list, and {k} is one of the sets of names and values; write it as, say, {k}.{example}"
+    keys = {k: [o for o in config_fields() if o.startswith(f'{k}.')] for k in given}
+    for k in keys:
+        if keys[k] and not isinstance(given[k], dict): return f"{k}={given[k]!r} is not a set of keys; write those of it that are meant, such as {keys[k][0]}={_get(DreamBoothConfig(), keys[k][0])}"
     cs, like = given.get('concepts', []), '{photos: FOLDER, token: sks, class_noun: fox}'
     if isinstance(cs, dict): return f"concepts={cs} is not a list; write one item a subject, such as - {like}"
     odd = [c for c in cs if not isinstance(c, dict)] if isinstance(cs, list) else []
@@ -300,7 +310,9 @@ _CHOICES = {'train.unet': ('off', 'full', 'lora'), 'train.text_encoder': ('off',
             'fit': ('center-crop', 'random-crop', 'letterbox', 'stretch'), 'loss.kind': ('l2', 'huber'), 'loss.timesteps': ('uniform', 'logit-normal'), 'loss.weighting': ('none', 'debiased', 'p2'),
             'data.cache': ('memory', 'disk', 'off'), 'captions': ('captioner', 'sidecars', 'template'), 'checkpoint.best': ('', 'subject_fidelity', 'prompt_fidelity')}
 
-def _get(cfg, key): return getattr(getattr(cfg, key.split('.')[0]), key.split('.')[1]) if '.' in key else getattr(cfg, key)
+def _get(cfg, key):
+    "The value of a dotted key."
+    return reduce(lambda o, k: o[int(k)] if k.isdigit() else getattr(o, k), key.split('.'), cfg)
 
 # %% ../nbs/13_dreambooth.ipynb #8ef05f1b
 @patch
@@ -703,12 +715,13 @@ def _named(what, dotted, example):
     "What a dotted name stands for."
     mod, _, name = dotted.rpartition('.')
     try: return getattr(import_module(mod), name)
+    except ModuleNotFoundError as e: raise BoothError(f"no {what} {dotted!r}, since there is no module {e.name!r}; install its package, or give a dotted name that can be imported, such as {example}") from None
     except (ImportError, AttributeError, ValueError): raise BoothError(f"no {what} {dotted!r}; give a dotted name that can be imported, such as {example}") from None
 
-def _made(what, f, x, args, key):
-    "An optimizer or a schedule with the configured arguments."
-    try: made = f(x, **args)
-    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as e: raise BoothError(f"the {what} does not take {key}={args}: {str(e).partition(chr(10))[0]}") from None
+def _made(what, f, x, args, key, **more):
+    "An optimizer or a schedule with the configured arguments, and with what is said elsewhere."
+    try: made = f(x, **more, **args)
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as e: raise BoothError(f"the {what} does not take {f'{key}={dict(args)}' if args else 'what it is given'}: {str(e).partition(chr(10))[0]}") from None
     if not (hasattr(made, 'step') and hasattr(made, 'state_dict')):
         raise BoothError(f"{what} makes a {type(made).__name__}, which takes no steps; name an optimizer such as torch.optim.AdamW, or a schedule such as torch.optim.lr_scheduler.StepLR")
     return made
@@ -720,8 +733,8 @@ def make_optimizer(
     "The configured optimizer; torch's Adam and AdamW take all parameters in one pass (`fused`), unless told how."
     cls, said = _named('optimizer', cfg.optimizer, 'torch.optim.AdamW'), dict(cfg.optimizer_args)
     for k in {'lr', 'weight_decay', 'params'} & set(said): raise BoothError(f"optimizer_args.{k}={said[k]} would not be heard; " + ('leave it out' if k == 'params' else f'say {k}={said[k]}'))
-    if cls in (torch.optim.Adam, torch.optim.AdamW) and not {'fused', 'foreach', 'differentiable'} & set(said): said['fused'] = True
-    return _made(cfg.optimizer, cls, groups, dict(lr=groups[0]['lr'], **said), 'optimizer_args')
+    own_way = cls not in (torch.optim.Adam, torch.optim.AdamW) or {'fused', 'foreach', 'differentiable'} & set(said)
+    return _made(cfg.optimizer, cls, groups, said, 'optimizer_args', lr=groups[0]['lr'], **{} if own_way else dict(fused=True))
 
 def make_schedule(
     cfg, # gives schedule, schedule_args, warmup and steps
@@ -799,19 +812,20 @@ def base_weights(
     pipe, # an untouched StableDiffusionPipeline
 ) -> str: # 16 hexadecimal digits
     "A hash of the weights that a run begins from."
-    return weights_hash((_shared_name(f'{part}.{name}'), p) for part in ('unet', 'text_encoder', 'vae') for name, p in getattr(pipe, part).named_parameters())
+    return weights_hash(_weights(pipe))
 
 def made_with(
     cfg,      # DreamBoothConfig
     concepts, # what was learned
 ) -> dict:
     "What must not change between a run and its resumption."
-    free = ['out', 'photos', 'min_photos', 'preset', 'concepts', 'data.masks', 'data.cache', 'trackers', 'captioner', 'matcher', 'prior.candidates',
+    free = ['out', 'photos', 'min_photos', 'preset', 'concepts', 'data.masks', 'data.cache', 'trackers', 'captioner', 'matcher', 'prior.candidates', 'prior.folder',
             *(k for k in config_fields() if k.startswith(('checkpoint.', 'prints.'))), *['steps']*(cfg.schedule == 'constant'), *['compile']*(not cfg.compile)]
     info = {k: v for k, v in _flat(cfg).items() if k not in free}
     all_of = lambda f: [x for c in concepts for x in f(c)]
     info |= dict(photo_hashes=all_of(lambda c: [p.hash for p in c.photos]), captions=all_of(lambda c: c.captions), priors=all_of(lambda c: [r['hash'] for r in c.priors.kept] if c.priors else []))
-    return info | dict(subjects=[[c.subject, len(c.photos), c.weight] for c in concepts], masks=all_of(lambda c: [file_hash(m.tobytes()) for m in c.masks or ()]))
+    told = all_of(lambda c: c.priors.prompts if c.priors else [])
+    return info | dict(prior_prompts=file_hash(json.dumps(told).encode()), subjects=[[c.subject, len(c.photos), c.weight] for c in concepts], masks=all_of(lambda c: [file_hash(m.tobytes()) for m in c.masks or ()]))
 
 # %% ../nbs/13_dreambooth.ipynb #3e543219
 def idle_keys(
@@ -826,7 +840,9 @@ def idle_keys(
             'train.rank': 'lora' not in (t.unet, t.text_encoder), 'train.unet_lr': t.unet == 'off', 'train.text_encoder_lr': t.text_encoder == 'off',
             'train.token': whole, 'train.token_lr': whole or not t.token, 'schedule_args': '.' not in cfg.schedule, 'warmup': '.' in cfg.schedule,
             'template': bool(cfg.concepts) or cfg.captions != 'template'}
-    return [k for k, o in idle.items() if o and _get(cfg, k) != config_fields()[k][0]]
+    for i, c in enumerate(cfg.concepts): idle |= {f'concepts.{i}.texts': bool(c.captions), f'concepts.{i}.template': bool(c.captions or c.texts)}
+    usual = lambda k: config_fields(ConceptConfig)[k.split('.')[-1]][0] if k.startswith('concepts.') else config_fields()[k][0]
+    return [k for k, o in idle.items() if o and _get(cfg, k) != usual(k)]
 
 # %% ../nbs/13_dreambooth.ipynb #5748d937
 def check_run(
@@ -847,7 +863,7 @@ def check_run(
     will, are = [c.token for c in cfg.subjects], [c.token for c in concepts]
     if cfg.train.token and set(will) != set(are): raise BoothError(f"train.token would train {', '.join(will)}, but the photos are of {', '.join(are)}; say token={are[0]}")
     check_weights(concepts)
-    check_tokens(concepts, pipe)
+    check_tokens(concepts, pipe, cfg.train.token)
     for c in concepts:
         check_name(pipe.tokenizer, c.token, c.class_noun)
         c.cut(pipe)

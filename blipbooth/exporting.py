@@ -175,7 +175,8 @@ def _embeddings(cfg, format):
     "Which token's embedding lies in which file of an export."
     if not (format == 'embedding' or cfg.train.token and format in ('lora', 'kohya')): return {}
     ts = [c.token for c in cfg.subjects]
-    return {t: 'embedding.safetensors' if len(ts) == 1 else 'embedding-' + re.sub(r'\W+', '-', t) + '.safetensors' for t in ts}
+    names = [re.sub(r'\W+', '-', t) for t in ts]
+    return {t: 'embedding.safetensors' if len(ts) == 1 else f"embedding-{n}{f'-{i}'*(names.count(n) > 1)}.safetensors" for i, (t, n) in enumerate(zip(ts, names), 1)}
 
 def _use(cfg, format, repo, name):
     "Code that reads an export and prints a picture."

@@ -23,19 +23,15 @@ from .callbacks import Checkpoints, Interrupts, LivePlot, LossLog, NaNGuard, Pro
 from .captioning import Captioner, padded, pixel_values, _real, _whole
 from .core import BoothError, file_hash, generator, nearest, out_dir, read_jsonl, stateless_seed, stateless_shuffle, weights_hash, _choices
 from .decoding import vision_features
-from .images import fit as fit_image, load_image, _photo_files, _sources
+from .images import fit as fit_image, load_image, _photo_files, _read_text, _sources, _text_beside
 from .learner import Callback, Learner
 
 # %% ../nbs/15_finetuning.ipynb #d2574a37
-def _read_text(path):
-    try: return path.read_text(encoding='utf-8-sig').strip()
-    except (OSError, UnicodeDecodeError) as e: raise BoothError(f"{path} cannot be read as text ({e}); save it as UTF-8") from None
-
 def _sidecars(folder):
     "The pictures of a folder, each with the text beside it."
     res = []
     for o in _photo_files(folder):
-        text = next((t for t in (o.with_suffix('.txt'), o.with_suffix('.caption')) if t.is_file()), None)
+        text = _text_beside(o)
         if text is None: raise BoothError(f"{o} has no caption: neither {o.stem}.txt nor a metadata.jsonl lies beside it; write one, or move the picture away")
         res.append((o, _read_text(text)))
     return res

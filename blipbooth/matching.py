@@ -8,7 +8,7 @@ __all__ = ['Matcher', 'Ranked', 'Ranking']
 # %% ../nbs/04_matching.ipynb #dcfe4cde
 from dataclasses import dataclass
 from itertools import product
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from fastcore.basics import chunked, listify, patch
@@ -16,7 +16,7 @@ from fastcore.foundation import L
 from torch.nn.functional import normalize
 from transformers import BlipForImageTextRetrieval
 
-from .captioning import Blip, padded, _check_batch, _pairs, _two
+from .captioning import Blip, padded, _check_batch, _pairs, _texts, _two
 from .core import BoothError
 from .images import Photo, load_images, show_grid
 
@@ -69,7 +69,7 @@ def similarity(self:Matcher,
     batch_size:int=32, # pictures, or sentences, at a time
 )->torch.Tensor: # (n, m) cosines
     "How near each picture is to each sentence (ITC)."
-    photos, texts = load_images(images), listify(texts)
+    photos, texts = load_images(images), _texts(texts)
     self._rows(texts)
     return self.embed_images(photos, batch_size) @ self.embed_texts(texts, batch_size).T
 
@@ -101,7 +101,7 @@ def match(self:Matcher,
     batch_size:int=32, # pictures, and pairs, at a time
 )->torch.Tensor: # (n, m) probabilities
     "How probable it is that each sentence describes each picture (ITM)."
-    photos, texts = load_images(images), listify(texts)
+    photos, texts = load_images(images), _texts(texts)
     pairs = list(product(range(len(photos)), range(len(texts))))
     return self.itm_logits(photos, texts, pairs, batch_size).softmax(-1)[:, 1].view(len(photos), -1)
 
@@ -134,8 +134,8 @@ def rank(self:Matcher,
     batch_size:int=32, # pictures, sentences and pairs at a time
 )->L: # one `Ranking` for each sentence
     "The `k` pictures that fit each sentence best: found by ITC, ordered by ITM."
-    if type(k) is not int or k < 1: raise BoothError(f"k={k!r}; it must be a whole number of 1 or more")
-    photos, texts = load_images(images), listify(texts)
+    if isinstance(k, bool) or not isinstance(k, Integral) or k < 1: raise BoothError(f"k={k!r}; it must be a whole number of 1 or more")
+    photos, texts = load_images(images), _texts(texts)
     near, where = self.similarity(photos, texts, batch_size).T.topk(min(k, len(photos)), dim=1)
     pairs = [(i, j) for j, row in enumerate(where.tolist()) for i in row]
     logits = self.itm_logits(photos, texts, pairs, batch_size)
@@ -154,7 +154,7 @@ def filter(self:Matcher,
 )->tuple: # (indices of the pairs kept, (n,) probabilities of all)
     "Keep the pairs that the matching head believes."
     if not (isinstance(threshold, Real) and 0 <= threshold <= 1): raise BoothError(f"threshold={threshold!r}; it must be a number from 0 to 1")
-    photos, texts = load_images(images), listify(texts)
+    photos, texts = load_images(images), _texts(texts)
     n = _pairs(photos, self._rows(texts))
     pairs = [(min(i, len(photos) - 1), min(i, len(texts) - 1)) for i in range(n)]
     p = self.itm_logits(photos, texts, pairs, batch_size).softmax(-1)[:, 1]

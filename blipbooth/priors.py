@@ -18,7 +18,7 @@ from PIL import Image
 from .core import (BoothError, append_jsonl, atomic_write, file_hash, generator, load_json, out_dir, progress, randn, read_jsonl, save_json,
     stateless_seed, weights_hash, _check_name)
 from .diffusion import Guidance, add_noise, alpha_sigma, answer_for, predict_x0, _within
-from .images import load_image, load_images, show_grid, to_tensor, _suffixes
+from .images import load_image, load_images, show_grid, to_tensor, _read_text, _suffixes, _text_beside
 from .sampling import (_all_settings, _check_pipe, _check_prompts, _check_size, _check_steps, _check_whole, _guidance, _inference, _named, _own_scheduler, _token_limit, encode_prompts, fill,
     fingerprint, load_pipeline, sample, save_print)
 
@@ -130,15 +130,11 @@ def _adopted(folder, class_noun, matcher, threshold, dedupe):
     if not class_noun: raise BoothError(f"{folder} has no manifest.jsonl; say what its pictures show, such as class_noun='fox'")
     photos = load_images(folder)
     looked = _looks(matcher, photos, class_noun)
-    tries = {i: dict(index=i, prompt=_beside(p.path) or article(class_noun), seed=None, score=s, vector=v, hash=file_hash(p.path), file=p.path.name) for i, (p, s, v) in enumerate(zip(photos, *looked))}
+    tries = {i: dict(index=i, prompt=(t := _text_beside(p.path)) and _read_text(t) or article(class_noun), seed=None, score=s, vector=v, hash=file_hash(p.path), file=p.path.name) for i, (p, s, v) in enumerate(zip(photos, *looked))}
     records = decide(tries, len(tries), threshold if matcher else None, dedupe)
     if any(r['kept'] for r in records): return records
     best = max(records, key=lambda r: r['score'])
     raise BoothError(f"none of the {len(records)} pictures in {folder} shows {article(class_noun)} (threshold {threshold}; the best rejected: {best['why']}, {folder/best['file']}); lower the threshold, or check the class noun")
-
-def _beside(path): # the text beside a picture, where there is one
-    f = next((o for o in (path.with_suffix('.txt'), path.with_suffix('.caption')) if o.is_file()), None)
-    return ' '.join(f.read_text(encoding='utf-8-sig', errors='replace').split()) if f else ''
 
 def _looks(matcher, images, class_noun):
     "Scores and packed embeddings of pictures; Nones without a matcher."
@@ -225,7 +221,11 @@ def _settings(pipe, class_noun, seed, prompts, matcher, choice, how):
     plain = lambda x: x.changes() if isinstance(x, Guidance) else {**_all_settings(x), '_class_name': type(x).__name__} if hasattr(x, 'config') else x.tolist() if hasattr(x, 'tolist') else str(x)
     how = dict(how, scheduler=_named(how.get('scheduler')), tiling=getattr(pipe.vae, 'use_tiling', False)) # in the one way to say it, without what changes nothing
     if 'size' in how: how['size'] = None if (size := _check_size(pipe, how['size'])) == _check_size(pipe, None) else size
-    if type(how.get('guidance')) is int: how['guidance'] = float(how['guidance'])
+    dose = _guidance(how.get('guidance', 7.5), how.pop('interval', None), how.pop('rescale', 0.)).changes()
+    how |= {'interval': None if (span := dose.pop('interval', None)) == (0, 1) else span, 'rescale': dose.pop('rescale', None)}
+    how['guidance'] = dose if dose.keys() - {'g'} else float(g) if isinstance(g := dose.get('g', 7.5), int) else g
+    own, usual = _own_scheduler(pipe, how['scheduler']), _own_scheduler(pipe, None)
+    if type(own) is type(usual) and _all_settings(own) == _all_settings(usual): how['scheduler'] = None
     how = {k: v for k, v in json.loads(json.dumps(how, default=plain)).items() if k in ('steps', 'guidance') or v not in (None, False, '')}
     return json.loads(json.dumps(dict(model=fingerprint(pipe), class_noun=class_noun, seed=seed, prompts=prompts, matcher=judge, **how), default=plain))
 
@@ -407,6 +407,9 @@ class _ClassHalf:
     "A training set whose class samples are made when they are asked for; as a callback, it puts itself in place."
     order = 5
     def __init__(self, pipe, class_noun, seed, prompts):
+        pipe = load_pipeline(pipe) if isinstance(pipe, (str, Path)) else pipe
+        _check_pipe(pipe)
+        _check_whole('seed', seed, -math.inf, "it must be a whole number")
         self.pipe, self.seed, self.prompts, self.data, self.per_step = pipe, seed, [fill(o) for o in _as_list(class_prompts(class_noun) if prompts is None else prompts)], None, 1
         _check_prompts(pipe, self.prompts)
         self.mark, self.scale, self.T = fingerprint(pipe), pipe.vae.config.scaling_factor, pipe.scheduler.config.num_train_timesteps
@@ -421,7 +424,8 @@ class _ClassHalf:
         self.data, self.per_step = data, per_step
         return self
     def before_fit(self):
-        o = self.learn
+        o, own = self.learn, {*self.pipe.unet.parameters()}
+        if any(p.requires_grad and p in own for p in o.model.parameters()): raise BoothError("the model that draws class images is the one that trains; give one of its own, such as load_pipeline()")
         if o.data is not self: o.data = self.over(o.data, o.batch_size*o.accumulate*o.accelerator.num_processes)
     def dice(self, ks):
         "A generator for each sample, and the timestep that is its first draw."

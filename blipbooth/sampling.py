@@ -10,20 +10,21 @@ __all__ = ['load_pipeline', 'tune', 'is_small', 'suited_guidance', 'schedulers',
 # %% ../nbs/08_sampling.ipynb #47ced644
 import copy, dataclasses, inspect, io, itertools, json, math, numbers, re, sys, threading, warnings, weakref
 from collections import namedtuple
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 
 import diffusers, torch
+from diffusers.utils import logging
 from fastcore.basics import chunked
 from fastcore.foundation import L
 from PIL import Image, ImageDraw, PngImagePlugin
-from .core import BoothError, Settings, atomic_write, generator, load_json, nearest, progress, randn, resolve_model, weights_hash, _check_name
-from .decoding import quiet_transformers
+from .core import BoothError, Settings, atomic_write, generator, load_json, nearest, progress, randn, resolve_model, weights_hash, _check_name, _number
+from .decoding import _loading
 from .diffusion import Guidance, alpha_sigma, answer_for, predict_x0, _within
 from .layers import compiled, quick, watched
-from .images import _font, _gap, _paste, _wrap, fit, load_image, load_images, show_grid, to_tensor
+from .images import _font, _gap, _paste, _wrap, fit, load_image, load_images, load_mask, show_grid, to_tensor
 
 # %% ../nbs/08_sampling.ipynb #aa4d550e
 def _check_folder(folder):
@@ -44,9 +45,8 @@ def _check_folder(folder):
 @contextmanager
 def _hushed():
     "Loading without bars, and without the remark that torchvision is missing."
-    from diffusers.utils import logging
     bars = logging.is_progress_bar_enabled()
-    with quiet_transformers():
+    with _loading():
         logging.disable_progress_bar()
         try: yield
         finally:
@@ -133,6 +133,14 @@ def schedulers()->list: # names for `scheduler=`
     return list(_schedulers)
 
 # %% ../nbs/08_sampling.ipynb #19ac2d1b
+@contextmanager
+def _unheard():
+    "While it lasts, diffusers does not tell of settings that one scheduler has and another does not."
+    log = logging.get_logger('diffusers.configuration_utils')
+    was, log.level = log.level, logging.ERROR
+    try: yield
+    finally: log.setLevel(was)
+
 def make_scheduler(
     pipe, # the pipeline whose settings it takes over
     name=None, # one of `schedulers()`, a diffusers scheduler, or None for the pipeline's own kind
@@ -142,7 +150,7 @@ def make_scheduler(
     if hasattr(name, 'config') and not isinstance(name, type): return type(name).from_config(_all_settings(name))
     _check_name('scheduler', name, _schedulers)
     kind, settings = getattr(diffusers, _schedulers[name][0]), _schedulers[name][1]
-    made = kind.from_config(pipe.scheduler.config, **settings)
+    with _unheard(): made = kind.from_config(pipe.scheduler.config, **settings)
     if made.config.get('clip_sample') and not pipe.scheduler.config.get('clip_sample'):
         why, mend = "does not say clip_sample", 'pipe.scheduler.register_to_config(clip_sample=False)'
         if 'clip_sample' in pipe.scheduler.config: why, mend = 'was made without clip_sample', 'pipe.scheduler = make_scheduler(pipe)'
@@ -442,7 +450,8 @@ def denoise(
         for i, (t, there) in enumerate(zip(timesteps, timesteps.to(noise.device))):
             seen, scale = scheduler.scale_model_input(x, t), _scale(scheduler, t) if clean else None
             answer, before = predict(pipe, seen, there, texts, guidance, guidance.at(i+skipped, whole), before, scale, **kwargs)
-            x = scheduler.step(answer, t, x, **extra, return_dict=False)[0]
+            try: x = scheduler.step(answer, t, x, **extra, return_dict=False)[0]
+            except LookupError as e: raise _unusable(type(scheduler).__name__, f'at step {i+1} of {len(timesteps)}: {e}') from e
             x = _hold(scheduler, x, noise, known, mask, timesteps[i+1:i+2])
             if callback: callback(i+1, len(timesteps), _shown(callback, x, seen, answer, scale, i+1 == len(timesteps)))
     return x
@@ -506,8 +515,8 @@ def _guidance(x, interval, rescale):
         x = Guidance(**x)
     if hasattr(x, 'tolist'): x = x.tolist()
     if not isinstance(x, Guidance): x = Guidance(list(x) if hasattr(x, '__len__') else x)
-    changes = dict(interval=interval) if interval is not None else {}
-    return dataclasses.replace(x, **changes, **dict(rescale=rescale) if rescale else {})
+    changes = dict(interval=interval, rescale=None if (rescale := _number(rescale)) == 0 else rescale)
+    return dataclasses.replace(x, **{k: v for k, v in changes.items() if v is not None})
 
 def _doses(g, prompts, n):
     "The guidance of each image, prompt by prompt."
@@ -521,6 +530,7 @@ def _check_size(pipe, size):
     "Height and width in pixels; the size that the model was trained for if `size` is None."
     factor, own = pipe.vae_scale_factor, pipe.unet.config.sample_size or 64
     if size is None: size = [o*factor for o in ((own, own) if isinstance(own, int) else own)]
+    size = _number(size)
     unit, pair = math.lcm(8, factor), tuple(size) if hasattr(size, '__len__') else (size, size)
     if len(pair) != 2 or not all(isinstance(o, numbers.Integral) for o in pair): raise BoothError(f"size is {size!r}; it must be one whole number, or (height, width), in multiples of {unit}")
     h, w = pair
@@ -578,7 +588,7 @@ def _check_strength(steps, strength, init, mask):
         if mask is not None: raise BoothError("a mask without a photo to keep; give the photo with init=")
         if strength is not None: raise BoothError(f"strength is {strength}, and there is no photo to start from; give one with init=")
         return None
-    strength = (0.8 if mask is None else 1.) if strength is None else strength
+    strength = (0.8 if mask is None else 1.) if strength is None else _number(strength)
     if not _within(strength, 1e-9, 1): raise BoothError(f"strength is {strength}; it must be above 0 and at most 1, 0.8 is usual")
     if isinstance(steps, numbers.Integral) and int(steps*strength) < 1: raise BoothError(f"strength {strength} of {steps} steps leaves none; make it at least {math.ceil(100/steps)/100}")
     return strength
@@ -589,8 +599,9 @@ def _pictures(x, prompts, name):
     if x is None: return [None]*len(prompts)
     if isinstance(x, dict) and 'hash' in x: raise BoothError(f"this print began with a picture ({name} {x['hash']}) that its recipe only names; give the picture with {name}=")
     if getattr(x, 'ndim', 0) == 4: x = load_images(x)
-    if not isinstance(x, (list, tuple, L)): return [load_image(x)]*len(prompts)
-    return [load_image(o, f'picture {i} in {name}') for i, o in enumerate(_each(x, prompts, name))]
+    load = load_mask if name == 'mask' else load_image
+    if not isinstance(x, (list, tuple, L)): return [load(x, f'the {name}')]*len(prompts)
+    return [load(o, f'picture {i} in {name}') for i, o in enumerate(_each(x, prompts, name))]
 
 def _known(pipe, jobs, size):
     "Clean latents of the photos that `jobs` begin with, and their masks; None where there are none."
@@ -636,12 +647,15 @@ def _tiled(vae, tiling=None):
     try: yield vae.use_tiling
     finally: vae.use_tiling = was
 
-_printing = weakref.WeakKeyDictionary() # UNet -> the lock of who prints with it
+_printing = weakref.WeakKeyDictionary() # part of a model -> the lock of who prints with it
 
 @contextmanager
 def _alone(pipe):
     "One print at a time with a model, whose layers are others meanwhile; in the precision of its weights, whatever is set around it."
-    with _printing.setdefault(pipe.unet, threading.RLock()), torch.autocast(pipe._execution_device.type, enabled=False): yield
+    locks = [_printing.setdefault(o, threading.RLock()) for o in sorted({pipe.unet, pipe.text_encoder, pipe.vae}, key=id)] # in one order, so that nobody waits in a circle
+    with ExitStack() as held, torch.autocast(pipe._execution_device.type, enabled=False):
+        for o in locks: held.enter_context(o)
+        yield
 
 # %% ../nbs/08_sampling.ipynb #f571d9f3
 def _latent_shape(pipe, size):
@@ -737,9 +751,30 @@ def _print(pipe, jobs, batch, callback, long, restore_mean, steps_each, **kwargs
     pipe.maybe_free_model_hooks()
     return torch.cat(done) if kwargs['return_latents'] else [o for images in done for o in images]
 
-# %% ../nbs/08_sampling.ipynb #b16a605f
+# %% ../nbs/08_sampling.ipynb #28abf23e
 def _shared_name(name): return name.replace('_orig_mod.', '').replace('text_encoder.text_model.', 'text_encoder.') # what torch.compile and some versions of transformers put in
 
+_parts = 'unet', 'text_encoder', 'vae' # which draw
+
+def _quantized(part):
+    "Weights that torch's quantized layers hold, which are no parameters."
+    layers = [(name, o) for name, o in part.named_modules() if isinstance(o, torch.nn.Module) and callable(getattr(o, 'weight', None))]
+    yield from ((f'{name}.{k}', p.dequantize()) for name, o in layers for k in ('weight', 'bias') if torch.is_tensor(p := getattr(o, k)()))
+
+def _weights(pipe):
+    "Every weight of a pipeline, by the name it is saved under."
+    return [(_shared_name(f'{part}.{name}'), p) for part in _parts for m in [getattr(pipe, part)] for name, p in (*m.named_parameters(), *_quantized(m))]
+
+def _glance(named):
+    "What changes when any of the weights does."
+    def bits(p): # eight bytes at a time where they come out even, which is summed as fast as memory gives it
+        flat = p.detach().contiguous().flatten()
+        return flat.view(torch.int64 if flat.nbytes % 8 == 0 else (torch.int8, torch.int16, torch.int32)[p.element_size()//2])
+    sums = [bits(p).sum() for _, p in named]
+    sums = torch.stack(sums).tolist() if len({s.device for s in sums}) == 1 else [s.item() for s in sums] # one wait for a GPU, not one a tensor
+    return [(name, p.dtype, tuple(p.shape), p.data_ptr(), 0 if p.is_inference() else p._version, s) for (name, p), s in zip(named, sums)]
+
+# %% ../nbs/08_sampling.ipynb #23000b24
 _told = 'transformers_version dtype torch_dtype architectures model_type'.split() # of a part, not of what it does
 
 def _built(part):
@@ -748,22 +783,6 @@ def _built(part):
     if hasattr(part.config, 'to_dict'): made, usual = part.config.to_dict(), type(part.config)().to_dict() # of transformers
     else: made, usual = part.config, {k: p.default for k, p in inspect.signature(type(part).__init__).parameters.items()}
     return {k: v for k, v in made.items() if k[0] != '_' and k not in _told and not (k in usual and plain(v) == plain(usual[k]))}
-
-def fingerprint(
-    pipe, # StableDiffusionPipeline
-)->str: # 16 hexadecimal digits
-    "A hash of the weights, how the parts are built, the noise schedule, and what is switched on of adapters and FreeU, which decide what a pipeline draws."
-    schedule = {k: v for k, v in pipe.scheduler.config.items() if k[0] != '_'} | {'_class_name': type(pipe.scheduler).__name__} # which a config has once it was saved
-    parts = {o: getattr(pipe, o) for o in ('unet', 'text_encoder', 'vae')}
-    named, more = [(_shared_name(f'{part}.{name}'), p) for part, m in parts.items() for name, p in (*m.named_parameters(), *_quantized(m))], json.dumps([schedule, {k: _built(m) for k, m in parts.items()}], sort_keys=True, default=str) + _switched(parts)
-    seen = more, _glance(named)
-    if vars(pipe).get('_glanced', (None,))[0] != seen: vars(pipe)['_glanced'] = seen, weights_hash(named, more)
-    return vars(pipe)['_glanced'][1]
-
-def _quantized(part):
-    "Weights that torch's quantized layers hold, which are no parameters."
-    layers = [(name, o) for name, o in part.named_modules() if isinstance(o, torch.nn.Module) and callable(getattr(o, 'weight', None))]
-    yield from ((f'{name}.{k}', p.dequantize()) for name, o in layers for k in ('weight', 'bias') if torch.is_tensor(p := getattr(o, k)()))
 
 def _switched(parts):
     "How strongly each adapter speaks in each layer, and FreeU's factors, which no weight tells; empty where there is none."
@@ -774,14 +793,17 @@ def _switched(parts):
     if _custom(parts['unet']): on['attention'] = sorted({f'{type(o).__module__}.{type(o).__qualname__}' for o in parts['unet'].attn_processors.values()})
     return json.dumps(on, sort_keys=True) if on else ''
 
-def _glance(named):
-    "What changes when any of the weights does."
-    def bits(p): # eight bytes at a time where they come out even, which is summed as fast as memory gives it
-        flat = p.detach().contiguous().flatten()
-        return flat.view(torch.int64 if flat.nbytes % 8 == 0 else (torch.int8, torch.int16, torch.int32)[p.element_size()//2])
-    sums = [bits(p).sum() for _, p in named]
-    sums = torch.stack(sums).tolist() if len({s.device for s in sums}) == 1 else [s.item() for s in sums] # one wait for a GPU, not one a tensor
-    return [(name, p.dtype, tuple(p.shape), p.data_ptr(), 0 if p.is_inference() else p._version, s) for (name, p), s in zip(named, sums)]
+# %% ../nbs/08_sampling.ipynb #b16a605f
+def fingerprint(
+    pipe, # StableDiffusionPipeline
+)->str: # 16 hexadecimal digits
+    "A hash of the weights, how the parts are built, the noise schedule, and what is switched on of adapters and FreeU, which decide what a pipeline draws."
+    schedule = {k: v for k, v in pipe.scheduler.config.items() if k[0] != '_'} | {'_class_name': type(pipe.scheduler).__name__} # which a config has once it was saved
+    parts = {o: getattr(pipe, o) for o in _parts}
+    named, more = _weights(pipe), json.dumps([schedule, {k: _built(m) for k, m in parts.items()}], sort_keys=True, default=str) + _switched(parts)
+    seen = more, _glance(named)
+    if vars(pipe).get('_glanced', (None,))[0] != seen: vars(pipe)['_glanced'] = seen, weights_hash(named, more)
+    return vars(pipe)['_glanced'][1]
 
 # %% ../nbs/08_sampling.ipynb #840426fd
 def _recipe(job, guidance, scheduler, **shared):
@@ -804,7 +826,7 @@ def _lasting(pipe, scheduler, own):
     "A scheduler as a recipe has it: by name, or whole where the name means another one to a copy of the pipeline that was saved and loaded."
     name = _named(scheduler)
     if not isinstance(name, str): return scheduler
-    saved = type(own).from_config(_all_settings(pipe.scheduler), **_schedulers[name][1])
+    with _unheard(): saved = type(own).from_config(_all_settings(pipe.scheduler), **_schedulers[name][1])
     return name if all(saved.config[k] == own.config[k] for k in inspect.signature(type(own)).parameters) else own
 
 # %% ../nbs/08_sampling.ipynb #c7fb8882
@@ -819,7 +841,7 @@ def _own_scheduler(pipe, scheduler):
 
 def _for_masks(scheduler):
     "PNDM without its Runge-Kutta steps, between which no photo can be put back; diffusers' inpainting takes them out, too."
-    return type(scheduler).from_config(_all_settings(scheduler), skip_prk_steps=True) if scheduler.config.get('skip_prk_steps') is False else scheduler
+    with _unheard(): return type(scheduler).from_config(_all_settings(scheduler), skip_prk_steps=True) if scheduler.config.get('skip_prk_steps') is False else scheduler
 
 def _unusable(name, why): return BoothError(f"{name} cannot print here ({' '.join(str(why).split())[:120] or type(why).__name__}); choose one of {', '.join(schedulers())}")
 
@@ -839,18 +861,22 @@ def _check_clean(scheduler):
 def _check_model(pipe, model, precision=None):
     "The fingerprint of the model; refuses another, or another precision, than the one asked for."
     mark, has = fingerprint(pipe), _precision(pipe)
-    if precision not in (None, has): raise BoothError(f"the print was made in {_in_words(precision)}, and this model is in {_in_words(has)}; give the model's folder in place of a pipeline, and it is loaded as the print wants it")
+    if precision is not None and _by_part(precision, has) != _by_part(has): raise BoothError(f"the print was made in {_in_words(precision)}, and this model is in {_in_words(has)}; give the model's folder in place of a pipeline, and it is loaded as the print wants it")
     if model not in (None, mark): raise BoothError(f"the print was made by the model {model}, and this one is {mark}, in {_in_words(has)}; print with the model or the run that made it, in the same precision")
     return mark
 
 # %% ../nbs/08_sampling.ipynb #85ecfb93
-_parts = 'unet', 'vae', 'text_encoder'
-
 def _precision(pipe):
     "The precision of a pipeline: a name, a name for each part where they differ, or None for float32."
     names = {o: str(getattr(pipe, o).dtype).removeprefix('torch.') for o in _parts}
     if len(set(names.values())) > 1: return names
     return None if names['unet'] == 'float32' else names['unet']
+
+def _by_part(precision, rest=None):
+    "The precision of every part; of those that are not named, that of `rest`."
+    if precision is None or isinstance(precision, str): return dict.fromkeys(_parts, str(Settings(dtype=precision).dtype).removeprefix('torch.'))
+    for part in precision: _check_name('part of a model', part, _parts)
+    return _by_part(rest) | {part: _by_part(name)['unet'] for part, name in precision.items()}
 
 def _in_words(precision): return ', '.join(f'{k} {v}' for k, v in precision.items()) if isinstance(precision, dict) else precision or 'float32'
 
@@ -1008,7 +1034,7 @@ def sweep(
 def _check_axis(o):
     "Refuse what is not one parameter with a list of values."
     values = [*o.values()] if isinstance(o, dict) else []
-    if len(values) == 1 and hasattr(values[0], '__len__') and not isinstance(values[0], str) and len(values[0]): return
+    if len(values) == 1 and hasattr(values[0], '__len__') and not isinstance(values[0], str) and getattr(values[0], 'ndim', 1) and len(values[0]): return
     raise BoothError(f"an axis is {o!r}; give one parameter and its values, such as dict(guidance=[1, 3, 7.5])")
 
 def _label(name, value):
