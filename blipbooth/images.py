@@ -113,6 +113,7 @@ def _open(path):
             image.load()
     except Image.DecompressionBombError: raise BoothError(f"{path} has more than {limit:,} pixels; make it smaller") from None
     except Image.UnidentifiedImageError: raise BoothError(f"{path} is not a picture that can be read; remove it or save it as PNG or JPEG") from None
+    except PermissionError: raise BoothError(f"{path} may not be read; change its permissions") from None
     except (OSError, SyntaxError, ValueError, EOFError) as e: raise BoothError(f"{path} is damaged ({e}); copy or save it again") from None
     return image
 

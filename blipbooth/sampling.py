@@ -24,7 +24,7 @@ from .core import BoothError, Settings, atomic_write, generator, load_json, near
 from .decoding import _loading
 from .diffusion import Guidance, alpha_sigma, answer_for, predict_x0, _within
 from .layers import compiled, quick, watched
-from .images import _font, _gap, _paste, _wrap, fit, load_image, load_images, load_mask, show_grid, to_tensor
+from .images import _font, _gap, _paste, _wrap, fit, load_image, load_images, load_mask, show_grid, to_tensor, Photo
 
 # %% ../nbs/08_sampling.ipynb #aa4d550e
 def _check_folder(folder):
@@ -125,8 +125,9 @@ _schedulers = {
 
 def _named(name):
     "A scheduler's name as `schedulers()` has it, from any way to write it; what is no such name stays."
-    plain = lambda o: re.sub('[^a-z0-9+]', '', o.lower())
-    return {**{plain(o): o for o in _schedulers}, 'plms': 'pndm'}.get(plain(name), name) if isinstance(name, str) else name
+    plain, said = lambda o: re.sub('[^a-z0-9+]', '', o.lower()), name.__name__ if isinstance(name, type) else name
+    classes = {plain(cls): o for o, (cls, _) in reversed(_schedulers.items())}
+    return {**classes, **{plain(o): o for o in _schedulers}, 'plms': 'pndm'}.get(plain(said), name) if isinstance(said, str) else name
 
 def schedulers()->list: # names for `scheduler=`
     "The schedulers that can be asked for by name."
@@ -1038,7 +1039,9 @@ def _check_axis(o):
     raise BoothError(f"an axis is {o!r}; give one parameter and its values, such as dict(guidance=[1, 3, 7.5])")
 
 def _label(name, value):
-    return value if name == 'prompt' else f'{name} {value}'
+    if hasattr(value, 'config'): value = type(value).__name__
+    elif isinstance(value, (Image.Image, Path, Photo)) or name in ('init', 'mask') and value is not None: value = load_image(value).name
+    return value if name == 'prompt' else f"{name} {value if value != '' else 'nothing'}"
 
 def _table(images, rows, cols, cell):
     "Pictures with a label at the left of each row and at the top of each column."
