@@ -277,7 +277,7 @@ def _printer(run, model, precision=None):
 def _again(like, prompt, given, init, mask):
     "The arguments that make a print again; refuses what would make another one."
     from blipbooth.core import BoothError
-    from blipbooth.images import load_image, load_mask
+    from blipbooth.images import load_image
     from blipbooth.sampling import read_recipe
     usual = inspect.signature(sample).parameters
     other = [f'--{k}' for k, v in given.items() if v != usual[k].default]
@@ -287,7 +287,7 @@ def _again(like, prompt, given, init, mask):
         want = recipe.get(name, {}).get('hash')
         if bool(path) != bool(want): raise BoothError(f"{like} began {'with' if want else 'without'} a picture to {name}; {'give it with' if want else 'leave out'} --{name}")
         if not path: continue
-        if (has := (load_mask if name == 'mask' else load_image)(path).hash) != want: raise BoothError(f"{path} is not the picture that {like} began with ({has}, not {want}); give the same file")
+        if (has := load_image(path, back='black' if name == 'mask' else 'white').hash) != want: raise BoothError(f"{path} is not the picture that {like} began with ({has}, not {want}); give the same file")
         recipe[name] = path
     return recipe
 

@@ -23,7 +23,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from .core import BoothError, atomic_write, file_hash, generator, nearest, randn, stateless_shuffle, weights_hash
-from .images import fit as fit_image, load_image, load_images, load_mask, to_tensor, show_grid, _has_alpha, _open, _read_text, _sources, _text_beside, _upright
+from .images import fit as fit_image, load_image, load_images, to_tensor, show_grid, _open, _read_text, _sources, _text_beside, _upright
 from .priors import article, Priors
 from .sampling import _token_limit
 
@@ -159,7 +159,9 @@ def _alpha(photo):
     if not _has_alpha(im): raise BoothError(f"{photo.path} has no alpha channel; save it as a PNG with one, or give mask files")
     return _upright(im).convert('RGBA').getchannel('A')
 
-def _grey(x): return load_mask(x).image.convert('L')
+def _has_alpha(im): return bool({'A', 'a'} & set(im.getbands())) or 'transparency' in im.info
+
+def _grey(x): return load_image(x, back='black').image.convert('L') # a mask
 
 def _mask_file(folder, photo):
     "The mask of the same name in a folder."

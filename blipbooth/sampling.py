@@ -24,7 +24,7 @@ from .core import BoothError, Settings, atomic_write, generator, load_json, near
 from .decoding import _loading
 from .diffusion import Guidance, alpha_sigma, answer_for, predict_x0, _within
 from .layers import compiled, quick, watched
-from .images import _font, _gap, _paste, _wrap, fit, load_image, load_images, load_mask, show_grid, to_tensor, Photo
+from .images import _font, _gap, _paste, _wrap, fit, load_image, load_images, show_grid, to_tensor, Photo, _sources
 
 # %% ../nbs/08_sampling.ipynb #aa4d550e
 def _check_folder(folder):
@@ -599,10 +599,10 @@ def _pictures(x, prompts, name):
     "A photo for each prompt, or none, from one photo or a list of them."
     if x is None: return [None]*len(prompts)
     if isinstance(x, dict) and 'hash' in x: raise BoothError(f"this print began with a picture ({name} {x['hash']}) that its recipe only names; give the picture with {name}=")
-    if getattr(x, 'ndim', 0) == 4: x = load_images(x)
-    load = load_mask if name == 'mask' else load_image
-    if not isinstance(x, (list, tuple, L)): return [load(x, f'the {name}')]*len(prompts)
-    return [load(o, f'picture {i} in {name}') for i, o in enumerate(_each(x, prompts, name))]
+    if getattr(x, 'ndim', 0) == 4: x = _sources(x)
+    back = 'black' if name == 'mask' else 'white'
+    if not isinstance(x, (list, tuple, L)): return [load_image(x, f'the {name}', back)]*len(prompts)
+    return [load_image(o, f'picture {i} in {name}', back) for i, o in enumerate(_each(x, prompts, name))]
 
 def _known(pipe, jobs, size):
     "Clean latents of the photos that `jobs` begin with, and their masks; None where there are none."
