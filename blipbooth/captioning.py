@@ -20,7 +20,7 @@ from itertools import groupby, islice
 from multiprocessing import connection, get_context, parent_process
 from numbers import Integral
 from pathlib import Path
-from threading import Thread
+from threading import RLock, Thread
 
 try: from fcntl import LOCK_EX, flock
 except ImportError: flock = None                              # Windows
@@ -87,6 +87,7 @@ def load_blip(
         raise BoothError(f"{name} cannot be read ({type(e).__name__}: {str(e).strip().splitlines()[0]}); get the model again") from e
     _check_processor(processor.image_processor, name)
     missing = sorted(info['missing_keys'])
+    if missing and cls.__name__ in found: raise BoothError(f"{name} lacks {len(missing)} weights, {missing[0]} first; get the model again")
     if missing: raise _wrong_model(name, found, cls, kind, f"{len(missing)} weights are missing, {missing[0]} first")
     return model.eval().to(settings.device), processor
 
@@ -271,6 +272,7 @@ def _check_ranges(config):
 # %% ../nbs/03_captioning.ipynb #b04a6b74
 _sampling = dict(temperature=1., top_k=50, top_p=1., min_p=None, top_h=None, typical_p=1., epsilon_cutoff=0., eta_cutoff=0.)
 _beaming = dict(length_penalty=1., early_stopping=False)
+_harmless = dict(do_sample=False, num_return_sequences=1, repetition_penalty=1., no_repeat_ngram_size=0, min_length=0, min_new_tokens=0, diversity_penalty=0., renormalize_logits=False)
 
 def _active(config, defaults):
     "Those of the options in `defaults` that are set to something else."
@@ -407,9 +409,11 @@ def _preset(decoding):
 def _check_room(config, longest, positions):
     "The default length fitted to the positions that are left; a given one checked against them."
     default = config.max_new_tokens is None and config.max_length is None
-    if default: config.max_new_tokens = min(20, positions - longest)
+    drafts = (config.prompt_lookup_num_tokens or 1) - 1       # tokens that are tried behind the last one
+    if default: config.max_new_tokens = min(20, positions - longest - drafts)
     total = config.max_length or longest + config.max_new_tokens
     given = f"max_length={config.max_length}" if config.max_length else f"max_new_tokens={config.max_new_tokens} after {longest} tokens of prompt"
+    if drafts and positions - drafts < total <= positions or drafts and total <= longest: raise BoothError(f"{given}: with prompt_lookup_num_tokens={drafts + 1}, drafts reach beyond the model's {positions} positions; lower one of them")
     if total > positions: raise BoothError(f"{given}: the model has {positions} positions; lower it")
     if total <= longest: raise BoothError(f"{given}: the longest prompt has {longest} tokens already; raise it")
 
@@ -444,6 +448,7 @@ def decoding_config(
     _check_room(config, longest, positions)
     _check_together(config, longest)
     _choose_search(config, rest, longest)
+    if (o := _alone(config, rest)) and (config.num_return_sequences or 1) > 1: raise BoothError(f"num_return_sequences={config.num_return_sequences} with {o}; it works for one caption at a time: leave one of them out")
     if (o := _alone(config, rest)) and config.num_beams > 1: raise BoothError(f"num_beams={config.num_beams} with {o}; it works with num_beams=1")
     with quiet_transformers():
         try:
@@ -686,6 +691,8 @@ def __call__(self:Captioner,
     return L(res)
 
 # %% ../nbs/03_captioning.ipynb #69d6c0b1
+_dice = RLock() # held by the caption that draws
+
 @patch
 def _caption_batch(self:Captioner, photos, ids, prompts, fit, size, config, rest, seed):
     "Captions for pictures whose prompts have one length."
@@ -694,8 +701,9 @@ def _caption_batch(self:Captioner, photos, ids, prompts, fit, size, config, rest
     embeds, dice = self.encode(photos, fit, size), seed is not None and [stateless_seed(seed, p.hash, k) for p in photos for k in range(several)]
     if self.shares_memory(config, 'assistant_model' in rest): embeds = self.memory(embeds)
     if rest.get('custom_generate') is seeded_sample: rest = {**rest, 'row_seeds': dice, 'listener': rest.get('streamer')}
-    with torch.random.fork_rng(enabled=seed is not None):
-        if seed is not None: torch.manual_seed(dice[0])
+    shared = config.do_sample and rest.get('custom_generate') is not seeded_sample # torch's own dice, which all threads have in common
+    with _dice if shared else nullcontext(), torch.random.fork_rng(enabled=shared and seed is not None):
+        if shared and seed is not None: torch.manual_seed(dice[0])
         rows = [_cut(o, n, ends, self.filler if config.pad_token_id is None else config.pad_token_id) for o in self.generate(embeds, ids, config, **rest)]
     lps = self.token_log_probs(embeds, rows)
     found = [self._caption(r, lp, n, ends, photos[i//several], prompts[i//several]) for i, (r, lp) in enumerate(zip(rows, lps))]
@@ -808,6 +816,13 @@ class Share:
         return int(m[1]) - 1, int(m[2])
 
     def __contains__(self, name): return NameSet.key(name) % self.n == self.i
+    def done(self, old): # the mark of a folder that is captioned anew, share by share: those that are done; nothing after the last
+        if self.state or self.n == 1: return None
+        mark = old['blipbooth'].get('overwrite')
+        done = sorted({*(mark if isinstance(mark, list) else []), self.name})
+        return done if len(done) < self.n else None
+    @property
+    def name(self): return f'{self.i + 1}/{self.n}'
     @property
     def first(self): return self.state is None or self.i == 0
     def meet(self):
@@ -1006,6 +1021,7 @@ def append_synced(
 # %% ../nbs/03_captioning.ipynb #5d05cb9a
 def read_records(
     path, # a JSON-lines file; it need not be there
+    text:bool=False, # must each have a text?
 ): # its records, one by one
     "Read a log of files line by line, but for a torn last line."
     if not Path(path).exists(): return
@@ -1014,7 +1030,10 @@ def read_records(
             if not line.endswith(b'\n'): return
             try: record = json.loads(line)
             except ValueError: record = None
-            if not isinstance(record, dict) or 'file_name' not in record: raise BoothError(f"{path}, line {i}, has no file_name; remove the line")
+            name = record.get('file_name') if isinstance(record, dict) else None
+            if not isinstance(name, str) or not name: raise BoothError(f"{path}, line {i}, has no file_name; remove the line")
+            if os.path.isabs(name) or '..' in Path(name).parts: raise BoothError(f"{path}, line {i}, names {name!r}, which lies outside of its folder; remove the line")
+            if text and not isinstance(record.get('text'), str): raise BoothError(f"{path}, line {i}, has no text; remove the line, and {name} is captioned anew")
             yield record
 
 def mend_log(
@@ -1036,6 +1055,7 @@ class FolderCaptions:
     kept: int = 0 # sidecars with another text, left as they were
     gone: int = 0 # captions whose pictures are no longer there
     seconds: float = 0. # how long this call took
+    worst: list = field(default_factory=list) # names of the first that could not be read
     def _beside(self, name): return self.log.with_name(name if self.log.name == 'metadata.jsonl' else f'{self.log.stem}.{name}')
     @property
     def errors_file(self): return self._beside('errors.jsonl')
@@ -1049,7 +1069,7 @@ class FolderCaptions:
         for o in self:
             self.gone += not (self.folder/o['file_name']).exists()
             yield o['file_name']
-    def __iter__(self): return read_records(self.log)
+    def __iter__(self): return read_records(self.log, text=True)
     def __len__(self): return self.new + self.there
 
 # %% ../nbs/03_captioning.ipynb #d64d7eac
@@ -1061,7 +1081,7 @@ def __repr__(self:FolderCaptions):
     if self.gone: parts.append(f"{self.gone:,} of them without their pictures, which are gone; take their lines out, or caption anew with overwrite")
     if self.kept: parts.append(f"{self.kept:,} sidecars with another text kept")
     if self.bad:
-        names = ', '.join(o['file_name'] for o in islice(self.errors, 3)) + (', …' if self.bad > 3 else '')
+        names = ', '.join(self.worst[:3]) + (', …' if self.bad > 3 else '')
         parts.append(f"{self.bad:,} bad ({names}), see {self.errors_file.name}")
     return f"FolderCaptions({len(self):,} in {self.log.resolve().parent.name}/{self.log.name}: {'; '.join(parts)})"
 
@@ -1075,9 +1095,9 @@ def _told(v):
 def folder_settings(self:Captioner, folder, log, prompt, fit, config, rest):
     "All that decides the captions of a folder, ready for JSON; what would be so anyway is left out."
     where = '.' if Path(folder).resolve() == Path(log).parent.resolve() else str(Path(folder).resolve())
-    more = {k: _told(v) for k, v in rest.items()}
+    more = {k: _told(v) for k, v in rest.items() if not (isinstance(v, (list, tuple)) and not v)}
     ours = dict(folder=where, model=weights_hash(self.model.named_parameters()), dtype=str(self.dtype)[6:], prompt=prompt or '', fit=fit, **more)
-    usual = {k: v for k, v in {**_sampling, **_beaming, 'do_sample': False, 'num_return_sequences': 1}.items() if getattr(self.model.generation_config, k, None) in (None, v)}
+    usual = {k: v for k, v in {**_sampling, **_beaming, **_harmless}.items() if getattr(self.model.generation_config, k, None) in (None, v)}
     options = {k: v for k, v in config.to_diff_dict().items() if k not in ('transformers_version', 'blipbooth') and not (k in usual and v == usual[k])}
     return json.loads(json.dumps(dict(options, blipbooth=ours), default=lambda o: o.to_dict() if hasattr(o, 'to_dict') else str(o)))
 
@@ -1092,14 +1112,14 @@ def differences(
 
 # %% ../nbs/03_captioning.ipynb #12888605
 @patch
-def goes_on(self:FolderCaptions, settings, overwrite):
+def goes_on(self:FolderCaptions, settings, overwrite, where=None):
     "Whether a run that was begun is to be gone on with; a `BoothError` where one with other settings is in the way."
     old = load_json(self.config_file) if self.config_file.exists() else None
     ours = isinstance(old, dict) and isinstance(old.get('blipbooth'), dict)
     if old is not None and not ours: raise BoothError(f"{self.config_file} belongs to something else, perhaps a model; choose another folder with out=")
     differ = differences(old, settings) if ours else []
     if not ours and not overwrite and self.errors_file.exists(): raise BoothError(f"{self.errors_file} was not written by caption_folder; choose another out=, or overwrite=True to lose it")
-    if overwrite: return ours and not differ and bool(old['blipbooth'].get('overwrite'))
+    if overwrite: return ours and not differ and bool(mark := old['blipbooth'].get('overwrite')) and not (isinstance(mark, list) and where in mark)
     if not self.log.exists() or not self.log.stat().st_size: return ours and not differ # another share may have found errors alone
     if not ours: raise BoothError(f"{self.log} was not written by caption_folder; choose another folder with out=, or overwrite=True to lose it")
     if differ: raise BoothError(f"{self.log} was begun with other settings: {'; '.join(differ)}; go on with the old ones, choose another out=, or overwrite=True")
@@ -1143,7 +1163,7 @@ def _extension(x):
 
 # %% ../nbs/03_captioning.ipynb #1079e3df
 @patch
-def _plan_folder(self:Captioner, folder, out, recursive, prompt, batch_size, fit, size, workers, overwrite, wording, decoding):
+def _plan_folder(self:Captioner, folder, out, recursive, prompt, batch_size, fit, size, workers, overwrite, wording, share, decoding):
     "Look at everything that can be wrong; (run, number of pictures, settings, whether to go on)."
     _check_folder_options(prompt, batch_size, fit, workers, wording)
     self.check_size(size)
@@ -1153,7 +1173,7 @@ def _plan_folder(self:Captioner, folder, out, recursive, prompt, batch_size, fit
     more = {} if size in (None, self.model.config.vision_config.image_size) else dict(size=size)
     if wording not in (None, Wording()): more['wording'] = asdict(wording)
     settings = self.folder_settings(res.folder, res.log, prompt, fit, config, {**rest, **more})
-    return res, n, settings, res.goes_on(settings, overwrite)
+    return res, n, settings, res.goes_on(settings, overwrite, share.name)
 
 # %% ../nbs/03_captioning.ipynb #9844200a
 @contextmanager
@@ -1188,19 +1208,25 @@ def _write_sidecars(self:FolderCaptions, records, extension, overwrite):
 @patch
 def _work(self:FolderCaptions, batches, settings, overwrite, bar, sidecar):
     "Write batches as they come; the settings go first."
-    marked = dict(settings, blipbooth=dict(settings['blipbooth'], overwrite=True)) if overwrite else settings
     for done, bad in batches:
-        if not self.log.exists(): save_json(self.config_file, marked)
+        if not self.log.exists(): self._keep(settings, overwrite)
         append_synced(self.log, done)
         append_synced(self.errors_file, bad)
         if sidecar: self._write_sidecars(done, **sidecar)
-        self.new, self.bad = self.new + len(done), self.bad + len(bad)
+        self.new, self.bad, self.worst = self.new + len(done), self.bad + len(bad), [*self.worst, *(o['file_name'] for o in bad)][:3]
         bar.update(len(done) + len(bad))
 @patch
-def _sum_up(self:FolderCaptions, settings, share):
+def _sum_up(self:FolderCaptions, settings, share, overwrite):
     "What all processes did, once they have met."
-    if self.log.exists(): save_json(self.config_file, settings)
-    if share.state: self.new, self.bad = sum(1 for _ in self) - self.there, sum(1 for _ in self.errors)
+    if self.log.exists(): self._keep(settings, share.done(load_json(self.config_file)) if overwrite else None)
+    if share.state: self.new, self.bad, self.worst = sum(1 for _ in self) - self.there, sum(1 for _ in self.errors), [o['file_name'] for o in islice(self.errors, 3)]
+
+@patch
+def _keep(self:FolderCaptions, settings, overwrite=None):
+    "Write the settings down; while a run writes over an earlier one, with the mark that says so."
+    marked = dict(settings, blipbooth=dict(settings['blipbooth'], overwrite=overwrite)) if overwrite else settings
+    try: save_json(self.config_file, marked)
+    except OSError as e: raise BoothError(f"{self.config_file} cannot be written ({e.strerror}); make room or make it writable") from None
 
 # %% ../nbs/03_captioning.ipynb #3672926e
 @patch
@@ -1224,7 +1250,7 @@ def caption_folder(self:Captioner,
     "Caption a folder of any size; the same call goes on with one that was interrupted."
     start, ext, share = time.perf_counter(), _extension(caption_extension), Share(where, self.device)
     if share.state: self.model.to(share.state.device)
-    res, n, settings, go_on = self._plan_folder(folder, out, recursive, prompt, batch_size, fit, size, workers, overwrite, wording, decoding)
+    res, n, settings, go_on = self._plan_folder(folder, out, recursive, prompt, batch_size, fit, size, workers, overwrite, wording, share, decoding)
     side = dict(extension=ext, overwrite=overwrite) if sidecars else {}
     if sidecars: out_dir(res.folder)
     share.meet()                                              # all have looked before one of them writes
@@ -1238,6 +1264,6 @@ def caption_folder(self:Captioner,
         batches = self.caption_files(names, res.folder, prompt, batch_size, fit, workers, strict, size, wording, **decoding)
         with progress(total=max(0, n - len(done))//share.n, desc='captions') as bar: res._work(batches, settings, overwrite, bar, side)
         share.meet()
-        if share.first: res._sum_up(settings, share)
+        if share.first: res._sum_up(settings, share, overwrite)
     res.seconds = time.perf_counter() - start
     return res

@@ -62,7 +62,9 @@ def caption(
         if os.environ.get('RANK', '0') == '0': print(done)
     elif overwrite or where: raise BoothError(f"--{'overwrite' if overwrite else 'where'} without --out or --sidecars: nothing is written; add one of them or leave it out")
     elif Path(path).is_dir(): _print_captions(model, path, recursive, strict, {**how, 'wording': said})
-    else: print(f'{Path(path).name}\t{said(str(Captioner.from_pretrained(model)(path, **how)[0].text))}')
+    else:
+        caption, = Captioner.from_pretrained(model)(path, **how)
+        for o in (caption, *caption.alternatives): print(f'{Path(path).name}\t{said(str(o))}')
 
 # %% ../nbs/22_cli.ipynb #9906daae
 def _print_captions(model, path, recursive, strict, how):
@@ -70,7 +72,7 @@ def _print_captions(model, path, recursive, strict, how):
     from blipbooth.captioning import Captioner, count_pictures, picture_files
     count_pictures(path, recursive)
     for done, bad in Captioner.from_pretrained(model).caption_files(picture_files(path, recursive), path, strict=strict, **how):
-        for o in done: print(f"{o['file_name']}\t{o['text']}", flush=True)
+        for o in done: print('\n'.join(f"{o['file_name']}\t{text}" for text in (o['text'], *o.get('alternatives', []))), flush=True)
         for o in bad: print(f"blipbooth: {o['file_name']} {o['error']}", file=sys.stderr)
 
 # %% ../nbs/22_cli.ipynb #baa1a368

@@ -11,9 +11,10 @@ __all__ = ['CACHE', 'quiet_transformers', 'random_blip', 'heads', 'vision_featur
 
 # %% ../nbs/02_decoding.ipynb #b5d460a6
 import copy, inspect, os, platform, threading, warnings, weakref
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache as once
 from itertools import zip_longest
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -31,15 +32,10 @@ CACHE = 'cache' if 'cache' in inspect.signature(GenerationMixin.prepare_inputs_f
 
 # %% ../nbs/02_decoding.ipynb #9175e203
 _one_at_a_time = threading.RLock()
+_quiet = SimpleNamespace(lock=threading.Lock(), blocks=0, state=ExitStack()) # of the whole process, as warnings and logs are
 
 @contextmanager
-def _loading():
-    "For the loading of models, quietly, and one at a time: transformers and diffusers set torch up for it, for all threads."
-    with _one_at_a_time, quiet_transformers(): yield
-
-@contextmanager
-def quiet_transformers():
-    "Silence the bars, logs and warnings of transformers inside the `with` block."
+def _hushed():
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -49,6 +45,23 @@ def quiet_transformers():
         finally:
             hf_logging.set_verbosity(level)
             if bars: hf_logging.enable_progress_bar()
+
+@contextmanager
+def _loading():
+    "For the loading of models, quietly, and one at a time: transformers and diffusers set torch up for it, for all threads."
+    with _one_at_a_time, quiet_transformers(): yield
+
+@contextmanager
+def quiet_transformers():
+    "Silence the bars, logs and warnings of transformers inside the `with` block; of blocks that overlap, in threads, the last one to end lets them speak."
+    with _quiet.lock:
+        if not _quiet.blocks: _quiet.state.enter_context(_hushed())
+        _quiet.blocks += 1
+    try: yield
+    finally:
+        with _quiet.lock:
+            _quiet.blocks -= 1
+            if not _quiet.blocks: _quiet.state.close()
 
 # %% ../nbs/02_decoding.ipynb #26f2510c
 _specials = '[PAD] [UNK] [CLS] [SEP] [MASK] [DEC] [ENC]'.split()
@@ -395,7 +408,9 @@ def packed(
     if _packed.get(model, (None,))[0] != state:
         shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
         twin = copy.deepcopy(model, shared)                  # modules are copied, tensors are not
-        for m in list(twin.modules()): _pack(m)
+        theirs = {id(o) for m in twin.modules() if type(m).__module__.startswith('peft.') for o in m.modules()} # adapters look at their layers' weights
+        for m in list(twin.modules()):
+            if id(m) not in theirs: _pack(m)
         _packed[model] = state, twin
     return _packed[model][1]
 
@@ -594,5 +609,7 @@ class GumbelNoise(LogitsProcessor):
 
 def seeded_sample(model, input_ids, logits_processor, stopping_criteria, generation_config, row_seeds, listener=None, **kwargs):
     "Sampling with dice for every row; for `generate(custom_generate=seeded_sample, row_seeds=[…])`; a streamer is given as `listener`, too, for `generate` does not hand its own on."
+    largest = copy.copy(generation_config)                    # is taken: torch's own dice are not touched
+    largest.do_sample = False
     return model._sample(input_ids, logits_processor=LogitsProcessorList([*logits_processor, GumbelNoise(row_seeds)]),
-                         stopping_criteria=stopping_criteria, generation_config=generation_config, streamer=listener, **kwargs)
+                         stopping_criteria=stopping_criteria, generation_config=largest, streamer=listener, **kwargs)

@@ -41,8 +41,9 @@ class Photo:
         return out.getvalue()
 
 # %% ../nbs/01_images.ipynb #66d4f7a1
-def _sixteen(image):
+def _sixteen(image, name):
     "A picture with 16-bit grey values, scaled to 8 bits; in 32 bits, it may hold 8-bit values."
+    if (most := image.getextrema()[1]) > 65535: raise BoothError(f"{name} has values up to {most}, and whole numbers go to 65535; scale them down, to uint8 or uint16")
     x, clear = np.asarray(image).astype(np.float64), image.info.get('transparency') # the one value that stands for transparent
     grey = Image.fromarray((x*(1 if image.mode == 'I' and x.max() <= 255 else 255/65535)).round().clip(0, 255).astype(np.uint8))
     if clear is not None: grey.putalpha(Image.fromarray(x != clear).convert('L'))
@@ -57,11 +58,11 @@ def _upright(image):
         copy.info = {**image.info, 'exif': only.tobytes()}
         return ImageOps.exif_transpose(copy)
 
-def _rgb(image, back='white'):
+def _rgb(image, back='white', name='the picture'):
     "Any PIL picture, upright and in RGB."
     image = _upright(image)
-    if image.mode[0] == 'I': image = _sixteen(image)
-    if image.mode == 'F': return _from_array(np.asarray(image))
+    if image.mode[0] == 'I': image = _sixteen(image, name)
+    if image.mode == 'F': return _from_array(np.asarray(image), name)
     if 'A' in image.getbands() or 'a' in image.getbands() or 'transparency' in image.info:
         image = image.convert('RGBA')
         return Image.alpha_composite(Image.new('RGBA', image.size, back), image).convert('RGB')
@@ -99,6 +100,11 @@ def _look(path):
     "What to do about a path that is not there."
     return 'nothing is read from the web, save it first' if re.match(r'[a-z]{2,}:/', str(path), re.I) else 'check the path'
 
+def _clear(image): # in a PNG, Pillow scales grey values of 2 and 4 bits and colours of 16, and leaves the one that stands for transparent as it was
+    clear, raw = image.info.get('transparency'), image.tile[0][3] if image.format == 'PNG' and image.tile else ''
+    if raw == 'RGB;16B' and isinstance(clear, tuple) and max(clear) > 255: image.info['transparency'] = tuple(v >> 8 for v in clear)
+    if raw in ('L;2', 'L;4') and isinstance(clear, int) and clear < 16: image.info['transparency'] = clear*(85 if raw == 'L;2' else 17)
+
 def _open(path):
     "The picture in a file, decoded to the last byte."
     if not path.exists(): raise BoothError(f"there is no photo {path}; {_look(path)}")
@@ -108,6 +114,7 @@ def _open(path):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', Image.DecompressionBombWarning)
             image = Image.open(path)
+            _clear(image)
             image.filename = ''  # or Pillow maps the file, and mixes up the pixels of a TIFF that EXIF turns
             if math.prod(image.size) > limit: raise Image.DecompressionBombError
             image.load()
@@ -119,7 +126,7 @@ def _open(path):
 
 def _decoded(image, name, back):
     "A PIL picture in RGB, unless it is cut off, closed, or of a mode that PIL cannot turn into RGB."
-    try: return _rgb(image, back)
+    try: return _rgb(image, back, name)
     except (OSError, SyntaxError, ValueError, EOFError, AssertionError, AttributeError) as e: raise BoothError(f"{name} cannot be decoded ({e or 'it is closed'}); open it again, or save it in RGB") from None
 
 # %% ../nbs/01_images.ipynb #61fe58fb
@@ -216,6 +223,8 @@ def fit(
     image, cubic = load_image(img).image, Image.Resampling.BICUBIC
     if mode == 'stretch': return image.resize((w, h), cubic)
     if mode == 'center-crop': return ImageOps.fit(image, (w, h), cubic)
+    if round(image.height/image.width*w) < 1: image = image.resize((w, 1), cubic) # a line, where rounding leaves none
+    if round(image.width/image.height*h) < 1: image = image.resize((1, h), cubic)
     return ImageOps.pad(image, (w, h), cubic, color='black')
 
 # %% ../nbs/01_images.ipynb #8bf2af65
