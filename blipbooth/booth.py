@@ -17,7 +17,7 @@ from .callbacks import Best, Checkpoints, Interrupts, track_report
 from .captioning import Caption, Captioner
 from .concept import Concept, check_name, nameless, read_captions
 from .core import BoothError, Settings, atomic_dir, atomic_write, load_json, out_dir, read_jsonl, resolve_model, save_json
-from .dreambooth import DreamBoothConfig, base_weights, build_learner, check_photos, check_run, estimate, load_concepts, made_with, open_run, suited_priors, suited_steps
+from .dreambooth import DreamBoothConfig, base_marks, build_learner, check_photos, check_run, estimate, load_concepts, made_with, open_run, suited_priors, suited_steps
 from .evaluation import Report, measure, prompt_fidelity, recipe, subject_fidelity
 from .images import contact_sheet, load_image, load_images, _suffixes, _text_beside
 from .learner import Callback
@@ -148,7 +148,11 @@ def keep(self:Booth,
 ):
     "Write a file of the run folder; where a run has begun, not before it is found to be this one."
     self.files[name] = write
-    if self.accepted or not (self.out/'checkpoints').exists(): write(self.out/name)
+    if self.accepted or not (self.out/'checkpoints').exists(): _written(write, self.out/name)
+
+def _written(write, path):
+    try: write(path)
+    except OSError as e: raise BoothError(f"{path} cannot be written ({e.strerror or e}); make room, or make it writable") from None
 
 class _Accepted(Callback):
     "Writes the files of a booth once `Checkpoints` holds the folder and has found the run to be the same; what somebody wrote there meanwhile gives way."
@@ -156,7 +160,7 @@ class _Accepted(Callback):
     def __init__(self, booth): self.booth = booth
     def restore(self):
         self.booth.accepted = True
-        for name, write in self.booth.files.items() if self.learn.accelerator.is_main_process else (): write(self.booth.out/name)
+        for name, write in self.booth.files.items() if self.learn.accelerator.is_main_process else (): _written(write, self.booth.out/name)
 
 # %% ../nbs/20_booth.ipynb #e4476453
 def _in_file(photo):
@@ -207,7 +211,8 @@ def _stage(booth, name):
 @patch
 def caption(self:Booth) -> L: # of Caption
     "Caption the photos, or read the captions with which a run of these photos began."
-    rows = read_jsonl(self.out/'captions.jsonl') if (self.out/'checkpoints').exists() else []
+    rows = read_jsonl(told) if (told := self.out/'captions.jsonl').exists() else []
+    if not self.begun and (hasattr(self, 'captions') or not any(r['score'] is None for r in rows)): rows = []  # words of one's own stay, whoever ended the session that set them
     with _stage(self, 'caption'):
         if [r['hash'] for r in rows] == [p.hash for p in self.photos]:
             self.captions = L(Caption(r['text'], float('nan') if r['score'] is None else r['score'], photo=p) for r, p in zip(rows, self.photos))
@@ -237,7 +242,7 @@ def make_priors(self:Booth): # Priors; of several subjects, a list
     "Make the class images, go on making them, or read those that are there."
     p = self.cfg.prior
     if self.cfg.concepts: return [o.priors for o in self.learned()]
-    if not p.folder and not hasattr(self, 'captions'): self.caption()  # the class is drawn in the photos' settings
+    if not p.folder: self.keep_captions() if hasattr(self, 'captions') else self.caption()  # the class is drawn in the photos' settings
     with _stage(self, 'priors'):
         if p.folder: self.priors = load_priors(p.folder, self.cfg.class_noun, **self.choice())
         else: self.priors = self.draw_class(self.cfg.class_noun, self.out/'priors', [*map(str, self.captions)])
@@ -311,7 +316,7 @@ def train(self:Booth,
     kept = Checkpoints(self.out/'checkpoints', anyway=anyway)
     self.accepted, found = False, kept.last()
     if found and not resume: raise BoothError(f"{self.out} holds a trained run already ({found.name}); resume it or choose another out=")
-    if found: kept.same_as(found, made_with(self.cfg, self.concepts(_no_captions)) | dict(weights=base_weights(self.pipe)), but=('captions', 'priors', 'prior_prompts', 'masks'))  # before those are made
+    if found: kept.same_as(found, made_with(self.cfg, self.concepts(_no_captions)) | base_marks(self.pipe, cbs), but=('captions', 'priors', 'prior_prompts', 'masks'))  # before those are made
     self.own_class = [o for o in cbs if isinstance(o, _ClassHalf)]  # these make class images, or do without
     if self.own_class and not self.cfg.prior.weight: raise BoothError(f"{type(self.own_class[0]).__name__} would not be heard, since prior.weight is 0; raise it, 1 is usual")
     with PartialState(cpu=self.device == 'cpu').main_process_first():
@@ -319,10 +324,11 @@ def train(self:Booth,
         if not ('estimate.json' in self.files or (self.out/'estimate.json').exists()): self.estimate()
     for name in ('pipe', 'captioner', 'matcher', 'opened'): self.__dict__.pop(name, None)
     with _stage(self, 'train'), warnings.catch_warnings():
-        for said in ('one photo', 'set, and without effect'): warnings.filterwarnings('ignore', said)
+        for said in ('one photo', 'set, and without effect', 'the tokens? '): warnings.filterwarnings('ignore', said)
         pipe = load_pipeline(self.cfg.model or None, device=self.device)
         judges = [self.judge(pipe)] if self.cfg.checkpoint.best else []
-        self.learner = build_learner(pipe, concepts, self.cfg, self.out, resume=True, cbs=[_Accepted(self), *judges, *cbs], anyway=anyway).fit()
+        try: self.learner = build_learner(pipe, concepts, self.cfg, self.out, resume=True, cbs=[_Accepted(self), *judges, *cbs], anyway=anyway).fit()
+        finally: self.accepted = False  # what is set from now on is not what this run was made from
     if any(isinstance(c, Interrupts) and c.got for c in self.learner.cbs): raise KeyboardInterrupt(self.learner.cancelled)
     return self.learner
 
@@ -417,7 +423,7 @@ def evaluate(self:Booth,
         rows = {'photos': self.photos, 'prints before training': before[0], 'prints after training': after[0],
                 f'{article(noun)}, before': before[1], f'{article(noun)}, after': after[1]}
         metrics = [measure(self.matcher, self.captioner, self.photos, prints, asked, drawn) for prints, drawn in (before, after)]
-    self.report = Report.compare(*metrics, seconds=self.seconds, recipe=recipe(self.cfg), pictures=rows, subject=self.subject,
+    self.report = Report.compare(*metrics, seconds=self.seconds, recipe=recipe(DreamBoothConfig.load(self.out/'config.yaml')), pictures=rows, subject=self.subject,
                                  captions={'photos': self.captions, 'prints before training': asked, 'prints after training': self.places()})
     self.report.save(self.out)
     track_report(self.cfg.trackers, self.out/'logs', self.report)

@@ -314,6 +314,8 @@ def lock(self:Checkpoints):
         self.cleanup()
         raise BoothError(f"another run is at work in {self.folder}; wait for it, or choose another folder") from None
     except OSError: self.cleanup()  # and so does a file system without them
+    else:
+        for o in self.folder.glob('.step-*.tmp'): shutil.rmtree(o, ignore_errors=True)  # of a save that was killed
 
 @patch
 def cleanup(self:Checkpoints):
@@ -336,7 +338,7 @@ def same_as(self:Checkpoints,
 ): # list of texts, one for each change
     "What has changed since a checkpoint, refused unless told otherwise."
     old, new = load_json(folder/'state.json')['info'], json.loads(json.dumps(info))
-    but = (*but, *({'weights', 'prior_prompts'} - {*old})) # which older checkpoints do not tell
+    but = (*but, *({'weights', 'prior_prompts', 'built', 'class_half'} - {*old})) # which older checkpoints do not tell
     differ = [_changed(k, old.get(k), new.get(k)) for k in {**old, **new} if k not in but and old.get(k) != new.get(k)]
     if differ and not self.anyway: raise BoothError(f"{folder} belongs to another run ({'; '.join(differ)}); give this one a folder of its own{', or resume all the same with anyway=True'*(self.anyway is not None)}")
     return differ

@@ -201,7 +201,7 @@ def sample(
     *prompt,            # one or more, such as "a {subject} on a purple background"; none with --like
     out:str='prints',   # folder for the pictures
     run:str=None,       # run folder; {subject} in the prompt is then its subject
-    model:str=None,     # without a run: hub name or folder of a Stable Diffusion; without either, the bundled model
+    model:str=None,     # hub name or folder of a Stable Diffusion, without it the bundled one; with a run, where the model is now that it began from
     like:str=None,      # a print to make again, from the recipe in it
     n:int=4,            # how many of each prompt
     steps:int=30,       # sampling steps
@@ -273,7 +273,7 @@ def _printer(run, model, precision=None):
     from blipbooth.dreambooth import open_run
     from blipbooth.sampling import load_pipeline, _in_precision
     if not run: return _in_precision(load_pipeline(model), precision), None
-    pipe, cfg = open_run(run)
+    pipe, cfg = open_run(run, model=model)
     return _in_precision(pipe, precision), f'{cfg.token} {cfg.class_noun}'
 
 def _again(like, prompt, given, init, mask):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['nameless', 'personalise', 'fill_template', 'read_captions', 'check_name', 'RareToken', 'suggest_tokens', 'load_masks',
            'Concept', 'bucket_shapes', 'nearest_shape', 'Views', 'posteriors', 'module_hash', 'cached_tensors',
-           'text_embeddings', 'Stream', 'check_tokens', 'check_weights', 'whose_turn', 'TrainingSet', 'fitted_masks',
-           'DataOptions', 'training_views', 'training_set']
+           'text_embeddings', 'Stream', 'check_tokens', 'token_doubts', 'check_weights', 'whose_turn', 'TrainingSet',
+           'fitted_masks', 'DataOptions', 'training_views', 'training_set']
 
 # %% ../nbs/10_concept.ipynb #300ffbae
 import json, math, re, string, warnings
@@ -23,9 +23,9 @@ from PIL import Image, ImageEnhance, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from .core import BoothError, atomic_write, file_hash, generator, nearest, randn, stateless_shuffle, weights_hash
-from .images import fit as fit_image, load_image, load_images, to_tensor, show_grid, _open, _read_text, _sources, _text_beside, _upright
+from .images import fit as fit_image, load_image, load_images, to_tensor, show_grid, _open, _sixteen, _stretched, _read_text, _sources, _text_beside, _upright
 from .priors import article, Priors
-from .sampling import _token_limit
+from .sampling import plain_words, _token_limit
 
 # %% ../nbs/10_concept.ipynb #103bbabf
 def _named_by(class_noun): # as a word of its own, with what belongs to it
@@ -157,11 +157,12 @@ def _alpha(photo):
     if photo.path is None: raise BoothError(f"{photo.name} has no file to read an alpha channel from; give its mask in a list")
     im = _open(photo.path)
     if not _has_alpha(im): raise BoothError(f"{photo.path} has no alpha channel; save it as a PNG with one, or give mask files")
-    return _upright(im).convert('RGBA').getchannel('A')
+    im = _upright(im)
+    return (_sixteen(im, photo.path) if im.mode[0] == 'I' else im).convert('RGBA').getchannel('A')
 
 def _has_alpha(im): return bool({'A', 'a'} & set(im.getbands())) or 'transparency' in im.info
 
-def _grey(x): return load_image(x, back='black').image.convert('L') # a mask
+def _grey(x): return _stretched(load_image(x, back='black').image).convert('L') # a mask
 
 def _mask_file(folder, photo):
     "The mask of the same name in a folder."
@@ -398,17 +399,25 @@ def _counts(weights):
 def check_tokens(
     concepts, # of Concept
     pipe,     # StableDiffusionPipeline whose tokenizer reads their tokens
-    embedded:bool=False, # are the tokens' own embeddings learned?
 ):
-    "Refuse subjects of one name, as the tokenizer reads it; warn of names that share a piece whose embedding is learned, and of common words."
+    "Refuse subjects of one name, as the tokenizer reads it."
     read = {tuple(pipe.tokenizer(c.token, add_special_tokens=False).input_ids): c.token for c in concepts}
     if len(read) < len(concepts): raise BoothError(f"{len(concepts)} concepts with {len(read)} tokens ({', '.join(c.token for c in concepts)}, whose case and spaces do not count); each needs one of its own")
+
+def token_doubts(
+    concepts, # of Concept
+    pipe,     # StableDiffusionPipeline whose tokenizer reads their tokens
+    embedded:bool=False, # are the tokens' own embeddings learned?
+) -> list:    # of texts
+    "What speaks against tokens that can be learned: pieces that two have in common, and common words."
+    read, doubts = {tuple(pipe.tokenizer(c.token, add_special_tokens=False).input_ids): c.token for c in concepts}, []
     shared = [t for ids, t in read.items() if any({*ids} & {*o} for o in read if o != ids)]
-    if embedded and shared: warnings.warn(f"the tokens {', '.join(shared)} have pieces in common, whose embeddings learn several subjects at once; choose tokens of one piece, see suggest_tokens")
+    if embedded and shared: doubts.append(f"the tokens {', '.join(shared)} have pieces in common, whose embeddings learn several subjects at once; choose tokens of one piece, see suggest_tokens")
     half = _short_words(pipe.tokenizer)[1]
     common = [w for c in concepts for w in c.token.split() if pipe.tokenizer(w, add_special_tokens=False).input_ids[0] < half and len(pipe.tokenizer.tokenize(w)) == 1]
-    rare = [t.token for t in suggest_tokens(pipe.tokenizer, 3)]
-    if common: warnings.warn(f"the token {common[0]!r} is a common word of the model, and will mean the subject wherever it stands; choose a rare one, such as {', '.join(['sks', *rare])}")
+    rare = [t.token for t in suggest_tokens(pipe.tokenizer, 1)]
+    if common: doubts.append(f"the token {common[0]!r} is a common word of the model, and will mean the subject wherever it stands; choose a rare one, such as {' or '.join(['sks', *rare])}")
+    return doubts
 
 def check_weights(
     concepts, # of Concept
@@ -561,6 +570,6 @@ def training_set(
     if len(with_priors) not in (0, len(cs)): raise BoothError(f"{len(with_priors)} of {len(cs)} concepts have class images; give them to every concept or to none")
     name = lambda what, i: f'{what} {i}' if i else what
     subjects = [_stream(pipe, c.photos, c.captions, c.masks, size, seed, name('subject', i), o, True) for i, c in enumerate(cs)]
-    priors = [_stream(pipe, c.priors.images, c.priors.prompts, None, size, seed, name('prior', i), o, False) for i, c in enumerate(with_priors)]
+    priors = [_stream(pipe, c.priors.images, [plain_words(t) for t in c.priors.prompts], None, size, seed, name('prior', i), o, False) for i, c in enumerate(with_priors)]
     T = pipe.scheduler.config.num_train_timesteps
     return TrainingSet(subjects, priors or None, min(T, o.high or T), o.low, [c.weight for c in cs], seed)

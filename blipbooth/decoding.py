@@ -360,8 +360,10 @@ class PackedLinear(torch.nn.Module):
         rows:int=20, # how many rows to expect at once; any number works
         then:str='none', # what follows on each number before it is written: 'none' or 'gelu'
     ):
-        super().__init__()
-        self.then, self.bias, self.laid = then, layer.bias, torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
+        with _one_at_a_time:                                  # or a parameter would be none while another thread loads a model
+            super().__init__()
+            self.bias = layer.bias
+        self.then, self.laid = then, torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
 
     def forward(self, x):
         return torch.ops.mkldnn._linear_pointwise(x, self.laid, self.bias, self.then, [], 'none')

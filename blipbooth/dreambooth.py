@@ -8,13 +8,13 @@ __all__ = ['PRESETS', 'TrainConfig', 'PriorConfig', 'LossConfig', 'CheckpointCon
            'choose_parts', 'LeanConv2d', 'LeanGEGLU', 'FrozenGroupNorm', 'LeanSiLU', 'remember_less', 'FusedLora',
            'fuse_lora', 'token_rows', 'parameter_table', 'DreamBoothLoss', 'suited_steps', 'suited_priors',
            'learning_rates', 'parameter_groups', 'lr_factor', 'make_optimizer', 'make_schedule', 'check_named',
-           'resolution', 'data_options', 'base_weights', 'made_with', 'idle_keys', 'check_run', 'spare_parts',
-           'run_callbacks', 'build_learner', 'Estimate', 'estimate', 'open_run', 'merge_lora', 'export_pipeline']
+           'resolution', 'data_options', 'base_weights', 'base_marks', 'made_with', 'idle_keys', 'check_run',
+           'spare_parts', 'run_callbacks', 'build_learner', 'Estimate', 'estimate', 'open_run', 'merge_lora',
+           'export_pipeline']
 
 # %% ../nbs/13_dreambooth.ipynb #8c254960
-import dataclasses, json, math, re, shlex, warnings, weakref
+import dataclasses, json, math, os, re, shlex, warnings, weakref
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from pathlib import Path
@@ -35,14 +35,14 @@ from peft.tuners.lora import Linear as LoraLinear
 from safetensors.torch import load_file, save_file
 from yaml import YAMLError
 from .callbacks import EMA, Checkpoints, Halved, Interrupts, LetGo, LivePlot, LossLog, NaNGuard, Prints, Progress, Track, check_trackers, checkpoint_step, load_weights
-from .decoding import quiet_transformers
-from .concept import Concept, DataOptions, check_name, check_tokens, check_weights, fitted_masks, load_masks, training_set, training_views, _step
+from .decoding import _one_at_a_time, quiet_transformers
+from .concept import Concept, DataOptions, check_name, check_tokens, check_weights, token_doubts, fitted_masks, load_masks, training_set, training_views, _step
 from .core import BoothError, atomic_dir, atomic_write, file_hash, load_json, nearest, stateless_seed, weights_hash, _check_name, _choices
 from .diffusion import add_noise, alpha_sigma, debiased_weight, logit_normal, min_snr_weight, p2_weight, prior_loss, snr, target
 from .layers import attend_narrowly, conv2d, gathered_conv2d_input, gathering_suits, pointwise_conv2d, pointwise_suits, winograd_conv2d, winograd_suits
 from .learner import Learner
-from .priors import load_priors
-from .sampling import fill, is_small, load_pipeline, make_scheduler, suited_guidance, _check_pipe, _check_prompts, _check_steps, _weights
+from .priors import load_priors, _ClassHalf
+from .sampling import fill, is_small, load_pipeline, make_scheduler, suited_guidance, _check_pipe, _check_prompts, _check_steps, _built_as, _weights
 
 # %% ../nbs/13_dreambooth.ipynb #ec931f1c
 def _f(default, doc): return field(default=default, metadata=dict(doc=doc))
@@ -433,7 +433,7 @@ def choose_parts(
         if how == 'lora':
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(stateless_seed(cfg.seed, 'lora', name) % 2**31)
-                inject_adapter_in_model(LoraConfig(r=cfg.train.rank, lora_alpha=cfg.train.rank, init_lora_weights='gaussian', target_modules=_LORA[name]), part)
+                with _one_at_a_time: inject_adapter_in_model(LoraConfig(r=cfg.train.rank, lora_alpha=cfg.train.rank, init_lora_weights='gaussian', target_modules=_LORA[name]), part)
             part._hf_peft_config_loaded = True  # as `add_adapter` leaves it, which in transformers 5.24 waits for a peft that is not out
     if cfg.train.token and cfg.train.text_encoder != 'full': _open_rows(pipe, [c.token for c in cfg.subjects])
     if cfg.compile: return net  # a compiler finds its own way to remember less
@@ -814,12 +814,20 @@ def base_weights(
     "A hash of the weights that a run begins from."
     return weights_hash(_weights(pipe))
 
+def base_marks(
+    pipe, # an untouched StableDiffusionPipeline
+    cbs=(), # callbacks of the training
+) -> dict:
+    "What a run begins from, wherever its files lie now, and who makes its class half."
+    half = next((o.told() for o in cbs if isinstance(o, _ClassHalf)), None)
+    return dict(weights=base_weights(pipe), built=file_hash(_built_as(pipe).encode()), class_half=half)
+
 def made_with(
     cfg,      # DreamBoothConfig
     concepts, # what was learned
 ) -> dict:
     "What must not change between a run and its resumption."
-    free = ['out', 'photos', 'min_photos', 'preset', 'concepts', 'data.masks', 'data.cache', 'trackers', 'captioner', 'matcher', 'prior.candidates', 'prior.folder',
+    free = ['out', 'photos', 'min_photos', 'preset', 'concepts', 'data.masks', 'data.cache', 'trackers', 'captioner', 'matcher', 'prior.candidates', 'prior.folder', 'model',
             *(k for k in config_fields() if k.startswith(('checkpoint.', 'prints.'))), *['steps']*(cfg.schedule == 'constant'), *['compile']*(not cfg.compile)]
     info = {k: v for k, v in _flat(cfg).items() if k not in free}
     all_of = lambda f: [x for c in concepts for x in f(c)]
@@ -863,7 +871,8 @@ def check_run(
     will, are = [c.token for c in cfg.subjects], [c.token for c in concepts]
     if cfg.train.token and set(will) != set(are): raise BoothError(f"train.token would train {', '.join(will)}, but the photos are of {', '.join(are)}; say token={are[0]}")
     check_weights(concepts)
-    check_tokens(concepts, pipe, cfg.train.token)
+    check_tokens(concepts, pipe)
+    for doubt in token_doubts(concepts, pipe, cfg.train.token): warnings.warn(doubt)
     for c in concepts:
         check_name(pipe.tokenizer, c.token, c.class_noun)
         c.cut(pipe)
@@ -891,13 +900,13 @@ def run_callbacks(
     resume=False, # go on from a checkpoint
     anyway=False, # even if the run is no longer the same
     processes:int=1, # that train together
-    weights:str='', # hash of what it begins from, see `base_weights`
+    base:dict=None, # what it begins from, see `base_marks`
 ) -> list:    # of callbacks
     "Log, checkpoints and prints of a run, in its folder."
     c, out = cfg.checkpoint, Path(out)
     epoch = sum(len(o.photos) for o in concepts)/(cfg.batch_size*cfg.accumulate*processes)  # steps
     every = max(1, round(c.epochs*epoch)) if c.epochs else c.every
-    keep = Checkpoints(out/'checkpoints', every, c.keep, made_with(cfg, concepts) | dict(weights=weights), resume, anyway, c.minutes)
+    keep = Checkpoints(out/'checkpoints', every, c.keep, made_with(cfg, concepts) | (base or {}), resume, anyway, c.minutes)
     p, subject = cfg.prints, concepts[0].subject
     prints = Prints(pipe, [fill(o, subject) for o in p.prompts], out/'samples', p.every, cfg.seed, steps=p.steps, guidance=p.guidance or suited_guidance(pipe)) if p.every else None
     return [LossLog(out/'logs'/'loss.jsonl'), keep] + [prints]*bool(prints)
@@ -918,12 +927,12 @@ def build_learner(
     cfg = dataclasses.replace(cfg, steps=cfg.steps or suited_steps(pipe))
     acc = _accelerator(pipe, cfg, out)
     data, loss = training_set(concepts, pipe, resolution(cfg, pipe), cfg.seed, cfg.fit, cfg.flip, **data_options(cfg, out)), DreamBoothLoss(pipe, cfg)
-    weights = base_weights(pipe) if out else ''
+    base = base_marks(pipe, cbs) if out else {}
     net = choose_parts(pipe, cfg)
     if cfg.gradient_checkpointing: _checkpointing(pipe)
     if cfg.compile: net.compile(dynamic=False)  # a program for each shape
     opt = make_optimizer(cfg, parameter_groups(net, cfg, pipe))
-    keep = run_callbacks(pipe, concepts, cfg, out, resume, anyway, acc.num_processes, weights) if out else []
+    keep = run_callbacks(pipe, concepts, cfg, out, resume, anyway, acc.num_processes, base) if out else []
     own = [NaNGuard(), Progress(), LivePlot(), Interrupts(), LetGo(*spare_parts(pipe, cfg)), *_halved(pipe, cfg)]
     if cfg.ema: own.append(EMA(cfg.ema))
     if cfg.trackers: own.append(Track(config=_flat(cfg), logs=Path(out)/'logs' if out else None))
@@ -986,13 +995,6 @@ class _Fused(torch.autograd.Function):
     def backward(ctx, grad): return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
 
 # %% ../nbs/13_dreambooth.ipynb #fd25ba64
-@contextmanager
-def _fused_attention():
-    real = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = lambda q, k, v, *args, **kw: _Fused.apply(q, k, v)
-    try: yield
-    finally: F.scaled_dot_product_attention = real
-
 def _shadow(pipe, cfg):
     "The parts of a pipeline on the meta device, opened as configured."
     with torch.device('meta'):
@@ -1007,10 +1009,11 @@ def _shadow(pipe, cfg):
 _DOWN = {F.linear, F.conv2d, torch.mm, torch.bmm, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}
 
 class _Played(TorchFunctionMode):
-    "A device's autocast, played on the meta device: a GPU takes norms in float32, a CPU as they come."
+    "A device's fused attention and autocast, played on the meta device, for this thread alone: a GPU takes norms in float32, a CPU as they come."
     def __init__(self, dtype, norms=torch.float32): super().__init__(); self.dtype, self.norms, self.kept = dtype, norms, {}
 
     def __torch_function__(self, f, types, args=(), kwargs=None):
+        if f is F.scaled_dot_product_attention: return _Fused.apply(*args[:3])
         to = self.dtype if f in _DOWN else self.norms if f in (F.group_norm, F.layer_norm) else None
         if to is None: return f(*args, **(kwargs or {}))
         return f(*(self.cast(x, to) for x in args), **{k: self.cast(x, to) for k, x in (kwargs or {}).items()})
@@ -1027,7 +1030,7 @@ def _one_step(net, twin, cfg):
     n, side = cfg.batch_size*(1 + bool(cfg.prior.weight)), resolution(cfg, twin)//twin.vae_scale_factor
     empty, alive, text, norms = partial(torch.empty, device='meta'), _Alive(net), twin.text_encoder.config, None if twin.device.type == 'cpu' else torch.float32
     played = _Played(_HALF.get(cfg.mixed_precision, torch.float32), norms)
-    with _fused_attention(), alive, played:
+    with alive, played:
         noisy, t, ids = empty(n, net.unet.config.in_channels, side, side), empty(n, dtype=torch.long), empty(n, text.max_position_embeddings, dtype=torch.long)
         context = empty(n, text.max_position_embeddings, text.hidden_size) if data_options(cfg)['context'] else None
         for _ in range(min(2, cfg.accumulate)):  # the gradients of a micro-batch lie beside the next one's activations
@@ -1097,6 +1100,7 @@ def _newest(kept):
 def open_run(
     run,             # run folder
     checkpoint=None, # a checkpoint folder; None: `best` where it is chosen, else the newest whole one
+    model=None,      # where the model is now that the run began from; None: where it was
 ):                   # (StableDiffusionPipeline with the trained weights, DreamBoothConfig)
     "Load what a run has learned."
     run = Path(run)
@@ -1106,6 +1110,8 @@ def open_run(
     if not checkpoint: checkpoint = best if best.exists() else _newest(kept)
     if checkpoint is not None and not Path(checkpoint).is_dir(): raise BoothError(f"there is no checkpoint {checkpoint}; there are {', '.join(f.name for f in kept.found()) or 'none'}")
     if checkpoint is None: raise BoothError(f"{run} has no whole checkpoint yet; train it with: blipbooth train --resume {shlex.quote(str(run))}")
+    cfg.model = str(model) if model else cfg.model
+    if os.path.isabs(cfg.model) and not Path(cfg.model).exists(): raise BoothError(f"{run} began from the model in {cfg.model}, which is no longer there; open it with model=FOLDER, where that is now")
     pipe = load_pipeline(cfg.model or None)
     began = load_json(Path(checkpoint)/'state.json')['info'].get('weights')
     if began not in (None, base_weights(pipe)): warnings.warn(f"{cfg.model or 'the bundled model'} has other weights than when {run} learned from it; what was learned may not fit")

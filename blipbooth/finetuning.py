@@ -21,7 +21,7 @@ from PIL import ImageOps
 
 from .callbacks import Checkpoints, Interrupts, LivePlot, LossLog, NaNGuard, Progress, plot_losses
 from .captioning import Captioner, padded, pixel_values, _real, _whole
-from .core import BoothError, file_hash, generator, nearest, out_dir, read_jsonl, stateless_seed, stateless_shuffle, weights_hash, _choices
+from .core import BoothError, file_hash, generator, nearest, out_dir, read_jsonl, stateless_seed, stateless_shuffle, weights_hash, _choices, _number
 from .decoding import vision_features
 from .images import fit as fit_image, load_image, _photo_files, _read_text, _sources, _text_beside
 from .learner import Callback, Learner
@@ -259,7 +259,7 @@ def of(cls:FineTuneConfig,
     known = [f.name for f in fields(cls)]
     for k in options:
         if k not in known: raise BoothError(f"no option {k!r}; " + (f"did you mean {near!r}?" if (near := nearest(k, known)) else f"there are {', '.join(known)}"))
-    cfg = cls(**options)
+    cfg = cls(**{k: _number(v) for k, v in options.items()})
     for k, (limit, good) in _limits.items():
         if not good(getattr(cfg, k)): raise BoothError(f"{k}={getattr(cfg, k)!r}; it must be {limit}")
     if type(cfg.flip) is not bool: raise BoothError(f"flip={cfg.flip!r}; it must be True or False")
@@ -409,6 +409,9 @@ def finetune(self:Captioner,
         data.group = cfg.batch_size*cfg.accumulate*acc.num_processes
         out = _run_folder(out, resume)
         info = dict(pairs=made_of, frozen=_frozen_hash(net)) if out else None
-        learn = caption_learner(net, data, cfg, acc, out, resume, info, cbs).fit()
+        modes = [(m, m.training) for m in self.model.modules()]
+        try: learn = caption_learner(net, data, cfg, acc, out, resume, info, cbs).fit()
+        finally:
+            for m, on in modes: m.training = on
     losses = next(c.losses for c in learn.cbs if isinstance(c, Curve))
     return FineTuned(self, losses, smoothing_floor(self.text_config.vocab_size, cfg.smoothing), learn.cancelled or '', cfg)

@@ -180,6 +180,9 @@ def _sources(src):
     return [src] if single else list(_zero_to_one(src) if batch else src)
 
 # %% ../nbs/01_images.ipynb #cbdbf509
+def _stretched(image): # a mask of 0 and 1 in whole numbers is one of 0 and 255
+    return image.point(lambda v: 255*v) if max(most for _, most in image.getextrema()) == 1 else image
+
 def load_images(
     src, # a folder, a file, a picture, or a list of anything `load_image` takes
     minimum:int=1, # fewest photos

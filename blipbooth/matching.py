@@ -11,7 +11,7 @@ from itertools import product
 from numbers import Integral, Real
 
 import torch
-from fastcore.basics import chunked, listify, patch
+from fastcore.basics import chunked, patch
 from fastcore.foundation import L
 from torch.nn.functional import normalize
 from transformers import BlipForImageTextRetrieval

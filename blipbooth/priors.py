@@ -16,10 +16,10 @@ from fastcore.basics import listify, patch
 from filelock import FileLock, Timeout
 from PIL import Image
 from .core import (BoothError, append_jsonl, atomic_write, file_hash, generator, load_json, out_dir, progress, randn, read_jsonl, save_json,
-    stateless_seed, weights_hash, _check_name)
+    stateless_seed, weights_hash, _check_name, _number)
 from .diffusion import Guidance, add_noise, alpha_sigma, answer_for, predict_x0, _within
 from .images import load_image, load_images, show_grid, to_tensor, _read_text, _suffixes, _text_beside
-from .sampling import (_all_settings, _check_pipe, _check_prompts, _check_size, _check_steps, _check_whole, _guidance, _inference, _named, _own_scheduler, _token_limit, encode_prompts, fill,
+from .sampling import (_all_settings, _check_pipe, _check_prompts, _check_size, _check_steps, _check_whole, _guidance, _inference, _named, _own_scheduler, _token_limit, fill, plain_words,
     fingerprint, load_pipeline, sample, save_print)
 
 # %% ../nbs/09_priors.ipynb #585506f7
@@ -187,7 +187,7 @@ def _checked(folder, records):
         if not r['kept']: continue
         f = folder/r['file']
         if not f.resolve().is_relative_to(folder.resolve()): raise BoothError(f"{folder/'manifest.jsonl'} lists {r['file']}, which is outside of its folder; remove {folder} and make the priors again")
-        if not f.exists(): raise BoothError(f"class image {f} is missing, though its manifest lists it; remove {folder} and make the priors again")
+        if not f.is_file(): raise BoothError(f"class image {f} is missing, though its manifest lists it; remove {folder} and make the priors again")
         if file_hash(f) != r['hash']: raise BoothError(f"class image {f} is not the one its manifest describes; remove {folder} and make the priors again")
         if r.get('seed') is not None and _drawn_at(f) not in (None, r['prompt']): raise BoothError(f"class image {f} was drawn at {_drawn_at(f)!r}, and its manifest says {r['prompt']!r}; remove {folder} and make the priors again")
     return Priors(folder, records)
@@ -206,7 +206,9 @@ def load_priors(
     dedupe:float=.995,   # cosine from which two pictures count as one; None keeps both
 ) -> Priors:
     "Read class images back, checked against their manifest."
+    threshold, dedupe = _number(threshold), _number(dedupe)
     _check_choice(threshold, dedupe)
+    _check_matcher(matcher)
     folder = Path(_path('folder', folder)).expanduser()
     if not folder.is_dir(): raise BoothError(f"there is no folder of class images {folder}; check the path")
     records, made = _manifest(folder), folder/'settings.json'
@@ -338,10 +340,11 @@ def make_priors(
     **how,               # more for `sample`, such as scheduler, size or negative
 ) -> Priors:
     "Draw class images, keep the good ones, log them all; an interrupted call goes on."
-    if matcher is not None and (isinstance(matcher, type) or not hasattr(matcher, 'match')): raise BoothError(f"matcher is {matcher!r}; give a Matcher, such as Matcher.from_pretrained()")
+    _check_matcher(matcher)
     if candidates != 1 and matcher is None: raise BoothError(f"candidates is {candidates} without a matcher to compare them; give one, such as Matcher.from_pretrained()")
     plain, pipe = class_prompts(class_noun), load_pipeline(pipe) if isinstance(pipe, (str, Path)) else pipe
     prompts = _as_list(plain if prompts is None else prompts)
+    n, seed, threshold, dedupe, steps, batch, tries, candidates = map(_number, (n, seed, threshold, dedupe, steps, batch, tries, candidates))
     how = dict(how, steps=steps, guidance=guidance)
     _check(pipe, n, seed, prompts, threshold, dedupe, batch, tries, candidates, how)
     seed, choice = int(seed), dict(threshold=threshold if matcher else None, dedupe=dedupe, candidates=candidates)
@@ -392,6 +395,9 @@ def _as_list(prompts):
     if not isinstance(prompts, str) and not hasattr(prompts, '__iter__'): raise BoothError(f"prompts is {prompts!r}; give a list of prompts")
     return [prompts] if isinstance(prompts, str) else list(prompts)
 
+def _check_matcher(matcher):
+    if matcher is not None and (isinstance(matcher, type) or not hasattr(matcher, 'match')): raise BoothError(f"matcher is {matcher!r}; give a Matcher, such as Matcher.from_pretrained()")
+
 def _check_choice(threshold, dedupe):
     if threshold is not None and not _within(threshold, 0, 1): raise BoothError(f"threshold is {threshold}; it is a probability, from 0 to 1")
     if dedupe is not None and not _within(dedupe, 1e-9, 1): raise BoothError(f"dedupe is {dedupe}; it is a cosine, above 0 and at most 1, and None keeps all")
@@ -413,8 +419,8 @@ class _ClassHalf:
         self.pipe, self.seed, self.prompts, self.data, self.per_step = pipe, seed, [fill(o) for o in _as_list(class_prompts(class_noun) if prompts is None else prompts)], None, 1
         _check_prompts(pipe, self.prompts)
         self.mark, self.scale, self.T = fingerprint(pipe), pipe.vae.config.scaling_factor, pipe.scheduler.config.num_train_timesteps
-        self.ids = pipe.tokenizer(self.prompts, padding='max_length', max_length=_token_limit(pipe), return_tensors='pt').input_ids
-        with _inference(pipe): self.context = encode_prompts(pipe, self.prompts).cpu()
+        self.ids = pipe.tokenizer([*map(plain_words, self.prompts)], padding='max_length', max_length=_token_limit(pipe), return_tensors='pt').input_ids
+        with _inference(pipe): self.context = pipe.text_encoder(self.ids.to(pipe.text_encoder.device))[0].cpu()
 
     def over(self,
         data, # a training set without class images
@@ -431,6 +437,10 @@ class _ClassHalf:
         "A generator for each sample, and the timestep that is its first draw."
         gens, low, high = [generator(self.seed, 'class half', k) for k in ks], getattr(self.data, 'low', 0), getattr(self.data, 'T', self.T)
         return gens, torch.stack([torch.randint(low, high, (), generator=g) for g in gens])
+    def told(self):
+        "What decides its samples, for a checkpoint."
+        more = {k: str(v) for k, v in dict(every=getattr(self, 'every', ''), pool=getattr(self, 'pool', ''), how=getattr(self, 'how', ''), model=self.mark).items()}
+        return dict(kind=type(self).__name__, seed=int(self.seed), prompts=self.prompts, **more)
     def untouched(self):
         if fingerprint(self.pipe) != self.mark: raise BoothError("the model that draws class images has changed since; give one of its own, such as load_pipeline()")
 
