@@ -110,9 +110,9 @@ class Booth:
     @property
     def model(self): # what the run has learned: the best checkpoint, or the last; averaged, if it keeps an average
         at = _marks(self.out/'checkpoints')
-        if vars(self).get('opened', (None,))[0] != at: self.opened = at, self.open()
+        if vars(self).get('opened', (None,))[0] != at: self.opened = at, self._open()
         return self.opened[1]
-    def open(self):
+    def _open(self):
         if not self.begun: raise BoothError(f"{self.out} has learned nothing yet; call booth.train() first")
         pipe, c = open_run(self.out)
         learned = [f'{o.token} {o.class_noun}' for o in c.subjects]

@@ -90,7 +90,7 @@ def prompt_fidelity(
     drop=(), # words that cannot be seen, such as the rare token
 )->PromptFidelity: # a float from 0 to 1; higher is better
     "The share of the prompt's words that the captioner reads back, averaged over the prints."
-    photos, prompts = _some(prints, 'print'), listify(prompts)
+    photos, prompts = _some(prints, 'print'), listify(prompts.tolist() if hasattr(prompts, 'tolist') else prompts)
     if len(prompts) == 1: prompts = prompts*len(photos)
     if len(prompts) != len(photos): raise BoothError(f"{len(prompts)} prompts for {len(photos)} prints; give one for all, or one for each")
     wanted = [prompt_words(o, drop) for o in prompts]

@@ -152,7 +152,10 @@ def licence_of(
 def _recipe(cfg):
     "What differs from the defaults, as a table."
     from blipbooth.dreambooth import _flat
-    rows = [f'| `{k}` | {v} |' for k, v in _flat(cfg).items() if v != config_fields()[k][0] and k not in ('photos', 'out', 'concepts', 'model', 'prior.folder', 'data.masks')]
+    own = {'photos', 'out', 'concepts', 'model', 'prior.folder', 'data.masks', *(('token', 'class_noun') if cfg.concepts else ())} # places on a disk, and what is said below
+    own |= {k for k in ('captioner', 'matcher') if Path(getattr(cfg, k)).is_absolute()}
+    rows = [f'| `{k}` | {v} |' for k, v in _flat(cfg).items() if v != config_fields()[k][0] and k not in own]
+    rows += [f"| `concepts.{i}` | {c.token} {c.class_noun}, weight {c.weight:g} |" for i, c in enumerate(cfg.concepts)]
     return '\n'.join(['| key | value |', '|---|---|', *rows]) if rows else 'The defaults.'
 
 def _numbers(report):

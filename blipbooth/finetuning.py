@@ -318,6 +318,7 @@ def _run_folder(out, resume):
     if out is None:
         if resume: raise BoothError("resume=True without a run folder; give the one the run began with, out=…")
         return None
+    if not isinstance(out, (str, Path)) or out == '': raise BoothError(f"out={out!r} is no folder; give its path, or None to keep no run")
     out = out_dir(out)
     found = Checkpoints(out/'checkpoints').found()
     if found and not resume: raise BoothError(f"{out} holds a run already (up to {found[-1].name}); go on with it by resume=True, or give a new folder")

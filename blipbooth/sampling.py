@@ -138,7 +138,8 @@ def schedulers()->list: # names for `scheduler=`
 def _unheard():
     "While it lasts, diffusers does not tell of settings that one scheduler has and another does not."
     log = logging.get_logger('diffusers.configuration_utils')
-    was, log.level = log.level, logging.ERROR
+    was = log.level
+    log.setLevel(logging.ERROR)
     try: yield
     finally: log.setLevel(was)
 
