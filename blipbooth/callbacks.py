@@ -50,7 +50,8 @@ class LossLog(Callback):
     def before_fit(self):
         if not self.learn.accelerator.is_main_process: return
         old = [r for r in read_jsonl(self.path) if r['step'] <= self.learn.step]
-        atomic_write(self.path, ''.join(json.dumps(r) + '\n' for r in old))
+        try: atomic_write(self.path, ''.join(json.dumps(r) + '\n' for r in old))
+        except OSError as e: raise BoothError(f"{self.path} cannot be written ({e.strerror or e}); make room, or make it writable") from None
 
     def after_step(self):
         if not self.learn.accelerator.is_main_process: return
