@@ -78,7 +78,7 @@ class Booth:
         photos=None,          # folder, or list of pictures of one subject, three to five of them; None: config.photos
         token:str=None,       # rare token that will mean the subject; None: config.token
         class_noun:str=None,  # what the subject is, such as "fox"; None: config.class_noun
-        out=None,             # run folder; None: config.out, or runs/CLASS_NOUN
+        out=None,             # run folder; None: config.out, or runs/CLASS_NOUN; given alone, the run in it is opened again
         config=None,          # DreamBoothConfig; None: the defaults
         device:str=None,      # cuda, mps or cpu; None: the best there is
     ):
