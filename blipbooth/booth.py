@@ -9,14 +9,13 @@ __all__ = ['check_readers', 'Booth', 'demo']
 import dataclasses, json, os, shutil, time, warnings
 from contextlib import contextmanager, suppress
 from functools import cached_property, partial
-from numbers import Integral
 from pathlib import Path
 from fastcore.basics import listify, patch
 from fastcore.foundation import L
 from .callbacks import Best, Checkpoints, Interrupts, track_report
 from .captioning import Caption, Captioner
 from .concept import Concept, check_name, nameless, read_captions
-from .core import BoothError, Settings, atomic_dir, atomic_write, load_json, out_dir, read_jsonl, resolve_model, save_json
+from .core import BoothError, Settings, atomic_dir, atomic_write, load_json, out_dir, read_jsonl, resolve_model, save_json, _check_whole
 from .dreambooth import DreamBoothConfig, base_marks, build_learner, check_photos, check_run, estimate, load_concepts, made_with, open_run, suited_priors, suited_steps
 from .evaluation import Report, measure, prompt_fidelity, recipe, subject_fidelity
 from .images import contact_sheet, load_image, load_images, _suffixes, _text_beside
@@ -72,6 +71,7 @@ def _marks(folder): # of the checkpoints that are there: others mean that anothe
     best = folder/'best'
     return [(f.name, (f/'state.json').stat().st_mtime_ns) for f in Checkpoints(folder).found() if (f/'state.json').exists()], best.exists() and best.resolve()
 
+# %% ../nbs/20_booth.ipynb #2b916c6f
 class Booth:
     "A session: one subject, one run folder."
     def __init__(self,
@@ -88,7 +88,7 @@ class Booth:
         c.photos = _absolute(photos if isinstance(photos, (str, Path)) else c.photos if photos is None else '')
         _anchored(c)
         own = f"cuda:{os.environ['LOCAL_RANK']}" if device is None and 'LOCAL_RANK' in os.environ and Settings.auto().device == 'cuda' else device  # a GPU a process
-        self.cfg, self.device, self.seconds = c, Settings.auto(own).device, {}
+        self.cfg, self.device = c, Settings.auto(own).device
         check_readers(c, self.pipe)
         check_name(self.pipe.tokenizer, c.token, c.class_noun)
         c.steps, c.prior = c.steps or suited_steps(self.pipe), suited_priors(c.prior, self.pipe)
@@ -100,6 +100,7 @@ class Booth:
         if c.out in [o.photos for o in c.subjects]: raise BoothError(f"the run would be written among the photos in {c.out}, and its pictures be taken for more of them; choose another out=")
         self.made = [o for o in (Path(c.out), *Path(c.out).parents) if not o.exists()]
         self.out, self.files, self.accepted = out_dir(c.out), {}, False
+        self.seconds = load_json(spent) if self.begun and (spent := self.out/'logs'/'seconds.json').is_file() else {}  # of each stage, in earlier sessions too
 
     @cached_property
     def pipe(self): return load_pipeline(self.cfg.model or None, device=self.device)
@@ -169,9 +170,9 @@ def _in_file(photo):
     return False
 
 def _kept_files(photos):
-    "What each photo's file is called in a run folder, so that their order stays, and whether it is a copy; pictures, and what was changed since, become PNG."
+    "What each photo's file is called in a run folder, so that their order stays and each has a mask and a text of its own, and whether it is a copy; pictures, and what was changed since, become PNG."
     names, copied, digits = [p.path.name if p.path else '' for p in photos], [_in_file(p) for p in photos], max(2, len(str(len(photos) - 1)))
-    if not all(copied) or names != sorted({*names}): names = [f"{i:0{digits}d}{p.path.suffix if ok else '.png'}" for i, (p, ok) in enumerate(zip(photos, copied))]
+    if not all(copied) or names != sorted({*names}) or len({Path(o).stem for o in names}) < len(names): names = [f"{i:0{digits}d}{p.path.suffix if ok else '.png'}" for i, (p, ok) in enumerate(zip(photos, copied))]
     return list(zip(names, copied))
 
 def _save_photos(photos, files, folder):
@@ -198,14 +199,15 @@ def _keep_photos(booth):
 
 # %% ../nbs/20_booth.ipynb #781a08ea
 @contextmanager
-def _stage(booth, name):
-    "Time a stage, and keep the run's configuration beside its results."
+def _stage(booth, name, anew=False):
+    "Time a stage, together with what it took before or `anew`, and keep the run's configuration beside its results."
     if not booth.cfg.photos: _keep_photos(booth)
     booth.keep('config.yaml', booth.cfg.save)
     booth.keep('photos.json', lambda f: save_json(f, [dict(name=p.name, path=p.path, hash=p.hash, size=p.size) for p in booth.photos]))
     start = time.perf_counter()
     yield
-    booth.seconds[name] = round(booth.seconds.get(name, 0) + time.perf_counter() - start, 2)
+    booth.seconds[name] = round((0 if anew else booth.seconds.get(name, 0)) + time.perf_counter() - start, 2)
+    if int(os.environ.get('RANK', 0)) == 0: _written(lambda f: save_json(f, booth.seconds), out_dir(booth.out/'logs')/'seconds.json')
 
 # %% ../nbs/20_booth.ipynb #48bc4eac
 @patch
@@ -403,7 +405,7 @@ def prints_of(self:Booth,
     n_class:int=64,# class images; PRES of 16 wavers by 0.014, of 64 by half of that
 ):                # (prints of the name in `places()`, class images)
     "What evaluation looks at, for one model."
-    if not isinstance(n_class, Integral) or n_class < 2: raise BoothError(f"n_class={n_class!r}; DIV compares class images with each other: draw 2 or more, 64 is usual")
+    _check_whole('n_class', n_class, 2, "DIV compares class images with each other: draw 2 or more, 64 is usual")
     prompts = [f'{article(name)} {p}' for p in self.places()]
     kw = dict(steps=steps, guidance=self.guidance(pipe) if guidance is None else guidance)
     return sample(pipe, prompts, seed=[seed + i for i in range(len(prompts))], **kw), sample(pipe, article(self.cfg.class_noun), n_class, seed=seed, **kw)
@@ -415,10 +417,9 @@ def evaluate(self:Booth,
 ) -> Report:
     "Measure before and after; writes report.json, report.html and contact-sheet.png."
     self.model                                                 # a run that has learned nothing is found out before the work
-    self.seconds.pop('evaluate', None)                         # of this time alone
     if not hasattr(self, 'captions'): self.caption()
     noun, asked = self.cfg.class_noun, [f'{article(self.cfg.class_noun)} {p}' for p in self.places()]
-    with _stage(self, 'evaluate'):
+    with _stage(self, 'evaluate', anew=True):
         before, after = self.prints_of(self.pipe, noun, **kw), self.prints_of(self.model, self.subject, **kw)
         rows = {'photos': self.photos, 'prints before training': before[0], 'prints after training': after[0],
                 f'{article(noun)}, before': before[1], f'{article(noun)}, after': after[1]}

@@ -34,8 +34,8 @@ from transformers import (BlipForConditionalGeneration, BlipProcessor, Generatio
     StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer)
 
 from .core import (BoothError, Settings, atomic_dir, file_hash, for_writing, load_json, nearest, out_dir, progress, resolve_model, save_json,
-    stateless_seed, weights_hash, _number)
-from .decoding import (CACHE, FastDecoder, ImageCache, alternatives, constrained_beam_search, diverse_beam_search, fast_generate, image_memory, packed,
+    stateless_seed, weights_hash, _check_whole, _number)
+from .decoding import (CACHE, LEFT_OUT, FastDecoder, ImageCache, alternatives, constrained_beam_search, diverse_beam_search, fast_generate, image_memory, listened, packed,
     quiet_transformers, seeded_sample, vision_features, _loading)
 from .images import Photo, _suffixes, fit as fit_image, load_image, load_images, to_tensor
 
@@ -136,7 +136,7 @@ def _repr_html_(self:Caption):
 
 # %% ../nbs/03_captioning.ipynb #009dd197
 class Blip:
-    "A BLIP model with its processor. `fast = False` takes transformers' own way, slower and the same."
+    "A BLIP model with its processor. `fast = False` takes transformers' own way, slower and the same; so do hooks on modules that the fast way leaves out."
     _class, _kind, fast = BlipForConditionalGeneration, 'captioner', True
     def __init__(self,
         model, # a transformers BLIP model
@@ -152,6 +152,8 @@ class Blip:
         "Load a model; nothing is fetched unless asked for."
         return cls(*load_blip(cls._class, cls._kind, name_or_path, device, dtype))
 
+    @property
+    def quick(self): return self.fast and not listened(self.model, LEFT_OUT) # is the fast way taken?
     @property
     def device(self): return self.model.device
     @property
@@ -215,7 +217,7 @@ def encode(self:Blip,
     v = self.model.config.vision_config
     x = pixel_values(images, self.processor, fit, size).to(self.device, self.dtype)
     other = tuple(x.shape[-2:]) != (v.image_size, v.image_size)
-    if self.fast: return vision_features(packed(self.model.vision_model), x, other)
+    if self.quick: return vision_features(packed(self.model.vision_model), x, other)
     return self.model.vision_model(pixel_values=x, interpolate_pos_encoding=other).last_hidden_state
 
 # %% ../nbs/03_captioning.ipynb #abd33f61
@@ -347,6 +349,7 @@ def _check_shapes(config, rest):
         if k in rest: rest[k] = listify(rest[k])
         if not all(map(callable, rest.get(k, []))): raise BoothError(f"{k}={rest[k]!r}; give a function, or a list of them")
 
+# %% ../nbs/03_captioning.ipynb #673362b5
 def _all_ids(v): return [v] if type(v) is int else [i for o in v for i in _all_ids(o)] if isinstance(v, (list, tuple)) else []
 
 def _check_ids(config, words):
@@ -485,7 +488,7 @@ def shares_memory(self:Captioner,
     assisted:bool=False, # whether another decoder guesses ahead, which has to see the pictures, too
 )->bool:
     "Whether the fast decoder writes: it is not turned off, and nobody asks for what only transformers' decoder gives."
-    return self.fast and not (assisted or config.output_attentions or config.output_hidden_states)
+    return self.quick and not (assisted or config.output_attentions or config.output_hidden_states)
 
 # %% ../nbs/03_captioning.ipynb #dca6cba0
 @patch
@@ -497,7 +500,7 @@ def token_log_probs(self:Captioner,
     "How probable each token was, given the picture and the tokens before it."
     x, mask = padded(rows, self.text_config.pad_token_id, self.device)
     decoder, look = self.model.text_decoder, dict(encoder_hidden_states=embeds, use_cache=False)
-    if isinstance(embeds, list) or self.fast: decoder, look = FastDecoder.over(packed(decoder)), {CACHE: ImageCache(self.memory(embeds))}
+    if isinstance(embeds, list) or self.quick: decoder, look = FastDecoder.over(packed(decoder)), {CACHE: ImageCache(self.memory(embeds))}
     elif len(rows) > len(embeds): look['encoder_hidden_states'] = embeds.repeat_interleave(len(rows)//len(embeds), 0)
     logits = decoder(input_ids=x[:, :-1], attention_mask=mask[:, :-1], **look).logits
     lp = logits.float().log_softmax(-1).gather(-1, x[:, 1:, None])[..., 0]
@@ -524,7 +527,7 @@ def text_ids(self:Blip,
 def _texts(x): return listify(x.tolist() if hasattr(x, 'tolist') else x) # a column of a table, too
 
 def _check_batch(n):
-    if isinstance(n, bool) or not isinstance(n, Integral) or n < 1: raise BoothError(f"batch_size={n!r}; it must be a whole number of 1 or more")
+    _check_whole('batch_size', n, 1, "it must be a whole number of 1 or more")
 
 def _pairs(photos, texts):
     "How many pairs `photos` and `texts` make, where one of them may stand for many."
@@ -548,7 +551,7 @@ def log_prob(self:Captioner,
     n = _pairs(photos, rows)
     if len(rows) == 1: rows = rows*n
     one = self.encode(photos, fit, size) if len(photos) == 1 else None
-    if one is not None and self.fast: one = self.memory(one)
+    if one is not None and self.quick: one = self.memory(one)
     res = []
     for part in chunked(range(n), batch_size):
         embeds = self.encode([photos[i] for i in part], fit, size) if one is None else one
@@ -1189,9 +1192,10 @@ def _only_run(log):
 
 # %% ../nbs/03_captioning.ipynb #6e34b3bf
 @patch
-def _open_log(self:FolderCaptions, go_on, sidecar, share):
-    "Make the logs ready, and make up for sidecars; the errors of other shares stay."
-    others = [o for o in self.errors if o['file_name'] not in share] if go_on and not share.state else []
+def _open_log(self:FolderCaptions, go_on, sidecar, share, recursive):
+    "Make the logs ready, and make up for sidecars; the errors of pictures that are not looked at again stay."
+    again = lambda name: name in share and (recursive or '/' not in name)
+    others = [o for o in self.errors if not again(o['file_name'])] if go_on and not share.state else []
     for o in [self.errors_file] if go_on else [self.log, self.errors_file]: o.unlink(missing_ok=True)
     append_synced(self.errors_file, others)
     mend_log(self.log)
@@ -1255,7 +1259,7 @@ def caption_folder(self:Captioner,
     if sidecars: out_dir(res.folder)
     share.meet()                                              # all have looked before one of them writes
     with for_writing(res.log.parent), _only_run(res.log) if share.first else nullcontext():
-        if share.first: res._open_log(go_on, side, share)
+        if share.first: res._open_log(go_on, side, share, recursive)
         share.meet()
         done = NameSet(res.names())
         res.there = len(done)

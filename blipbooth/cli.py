@@ -22,6 +22,15 @@ def demo(
     print(booth.report)
     print(f'\nPictures: {booth.out}/contact-sheet.png   Report: {booth.out}/report.html')
 
+# %% ../nbs/22_cli.ipynb #f5d2a27e
+def _check_idle(one, written, of_folders, of_files, of_sidecars):
+    "Refuse options of `caption` that would do nothing."
+    from blipbooth.core import BoothError
+    first = lambda options: next((k for k, v in options.items() if v), None)
+    if one and (o := first(of_folders)): raise BoothError(f"{o} is for folders, and this is one picture: give the folder, or leave it out")
+    if not written and (o := first(of_files)): raise BoothError(f"{o} without --out or --sidecars: nothing is written; add one of them or leave it out")
+    if o := first(of_sidecars): raise BoothError(f"{o} without --sidecars: no text files are written; add it or leave this out")
+
 # %% ../nbs/22_cli.ipynb #18ae6483
 def caption(
     path:str,                    # a picture, or a folder of pictures
@@ -50,17 +59,16 @@ def caption(
     "Caption pictures."
     from pathlib import Path
     from blipbooth.captioning import Captioner, Wording
-    from blipbooth.core import BoothError
     path = os.path.expanduser(path)
+    _check_idle(Path(path).is_file(), bool(out or sidecars), {'--recursive': recursive, '--out': out, '--sidecars': sidecars},
+        {'--overwrite': overwrite, '--where': where}, {} if sidecars else {'--caption-extension': caption_extension != '.txt'})
     decoding = dict(preset=preset, seed=seed, num_beams=num_beams, max_new_tokens=max_new_tokens)
     how = dict(prompt=prompt, batch_size=batch_size, fit=fit, **{k: v for k, v in decoding.items() if v is not None})
     said = Wording(template, token, noun, [o.strip() for o in synonyms.split(',') if o.strip()], prefix, suffix)
     if out or sidecars:
-        if Path(path).is_file(): raise BoothError(f"{path} is one picture; --out and --sidecars are for folders: give the folder, or leave them out")
         done = Captioner.from_pretrained(model).caption_folder(path, out, sidecars, recursive, overwrite=overwrite, strict=strict,
             caption_extension=caption_extension, wording=said, where=where, **how)
         if os.environ.get('RANK', '0') == '0': print(done)
-    elif overwrite or where: raise BoothError(f"--{'overwrite' if overwrite else 'where'} without --out or --sidecars: nothing is written; add one of them or leave it out")
     elif Path(path).is_dir(): _print_captions(model, path, recursive, strict, {**how, 'wording': said})
     else:
         caption, = Captioner.from_pretrained(model)(path, **how)
@@ -120,7 +128,7 @@ def priors(
     if candidates is not None and candidates < 1: raise BoothError(f"--candidates {candidates}; draw 1 at least for each that is kept")
     pipe, said = None if check else load_pipeline(model), PriorConfig(threshold=threshold, dedupe=dedupe or 0., candidates=candidates or 0)
     p = said if check else suited_priors(said, pipe)
-    judge = dict(matcher=Matcher.from_pretrained(matcher) if p.threshold or p.dedupe or p.candidates > 1 else None, threshold=p.threshold, dedupe=dedupe)
+    judge = dict(matcher=Matcher.from_pretrained(matcher) if p.threshold or p.dedupe or p.candidates > 1 else None, threshold=p.threshold, dedupe=p.dedupe or None)
     if check:
         made = load_priors(out, noun, **judge)
         if n not in (None, len(made)): raise BoothError(f"{out} holds {len(made)} class images, and --n is {n}; leave it out to check what is there")
@@ -400,6 +408,22 @@ def _plain_warnings():
 def _goes_on(argv): # does the same command go on where it was stopped?
     return argv[:1] in (['demo'], ['priors']) or argv[:1] == ['caption'] and any(o.startswith(('--out', '--sidecars')) for o in argv)
 
+def _run(argv):
+    "What a command line asks for."
+    from blipbooth.core import _check_name
+    verbs = {f.__name__: f for f in VERBS}
+    if not argv or argv[0] in ('-h', '--help'): return print(_usage())
+    if argv[0] == '--version':
+        from blipbooth import __version__
+        return print(__version__)
+    _check_name('verb', argv[0], verbs)
+    _call(verbs[argv[0]], argv[1:])
+
+def _end(status, message):
+    print(f'blipbooth: {message}', file=sys.stderr)
+    raise SystemExit(status)
+
+# %% ../nbs/22_cli.ipynb #f6d209cb
 def main(
     argv=None, # arguments; None: those of the process
 ):
@@ -422,21 +446,6 @@ def main(
     except Exception as e:
         if type(e).__name__ != 'SafetensorError': raise
         _end(2, str(e).splitlines()[0])                       # a disk that is full
-
-def _run(argv):
-    "What a command line asks for."
-    from blipbooth.core import _check_name
-    verbs = {f.__name__: f for f in VERBS}
-    if not argv or argv[0] in ('-h', '--help'): return print(_usage())
-    if argv[0] == '--version':
-        from blipbooth import __version__
-        return print(__version__)
-    _check_name('verb', argv[0], verbs)
-    _call(verbs[argv[0]], argv[1:])
-
-def _end(status, message):
-    print(f'blipbooth: {message}', file=sys.stderr)
-    raise SystemExit(status)
 
 # %% ../nbs/22_cli.ipynb #c0db5632
 if __name__ == '__main__' and '__file__' in globals(): main()  # as a script, not as a notebook

@@ -12,6 +12,7 @@ import contextlib, difflib, hashlib, json, os, random, secrets, shutil, sys
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
+from numbers import Integral
 from pathlib import Path
 
 # %% ../nbs/00_core.ipynb #634529cd
@@ -38,6 +39,10 @@ def _choices(word, words):
 def _check_name(what, name, names):
     "Refuse a name that is not among `names`."
     if not isinstance(name, str) or name not in names: raise BoothError(f"no {what} {name!r}; {_choices(name, names)}")
+
+def _check_whole(name, x, least, hint):
+    "Refuse what is no whole number of `least` or more."
+    if isinstance(x, bool) or not isinstance(x, Integral) or x < least: raise BoothError(f"{name} is {x!r}; {hint}")
 
 # %% ../nbs/00_core.ipynb #e2bf45bf
 _kinds = 'captioner', 'matcher', 'diffusion'
@@ -133,10 +138,10 @@ class Settings:
         return cls(device, dtype, seed)
 
 # %% ../nbs/00_core.ipynb #7cb3aa34
-def _plain(x):
+def _part(x):
     "A plain Python value for a part of a seed, so that `np.int64(3)` and `3` are the same part."
     if hasattr(x, 'item'): x = x.item()
-    if isinstance(x, (list, tuple)): return tuple(map(_plain, x))
+    if isinstance(x, (list, tuple)): return tuple(map(_part, x))
     if x is None or isinstance(x, (bool, int, float, str, bytes)): return x
     raise TypeError(f"a part of a seed must be a number, a string or None, not {type(x).__name__}")
 
@@ -150,7 +155,7 @@ def stateless_seed(
     *parts, # what the number is for: seed, name, epoch, index, step …
 )->int: # 63 bits
     "A seed that depends on `parts` and on nothing else."
-    digest = hashlib.sha256(repr(_plain(parts)).encode()).digest()
+    digest = hashlib.sha256(repr(_part(parts)).encode()).digest()
     return int.from_bytes(digest[:8], 'big') >> 1
 
 # %% ../nbs/00_core.ipynb #0991c7ab

@@ -189,7 +189,7 @@ def recipe(
     return dict(config=_tidy(config or {}), versions=versions, machine=_machine(), **_tidy(more))
 
 # %% ../nbs/14_evaluation.ipynb #2ec457b2
-def _number(x, name):
+def _finite(x, name):
     "A finite float, or None for what was not measured."
     try: v = x if x is None else float(x)
     except (TypeError, ValueError): raise BoothError(f"{name} is {x!r}; give a number, or None for what was not measured") from None
@@ -201,13 +201,13 @@ def _before_after(metrics):
     for name, o in metrics.items():
         _check_name('metric', name, _metrics)
         if not isinstance(o, Mapping) or set(o) - {'before', 'after'}: raise BoothError(f"{name} is {o!r}; give a dict of before and after")
-    pairs = {k: {when: _number(metrics.get(k, {}).get(when), f'{k}, {when},') for when in ('before', 'after')} for k in _metrics}
+    pairs = {k: {when: _finite(metrics.get(k, {}).get(when), f'{k}, {when},') for when in ('before', 'after')} for k in _metrics}
     if all(v is None for o in pairs.values() for v in o.values()): raise BoothError("a report of 0 numbers; give at least one metric, before or after")
     return pairs
 
 def _stages(seconds):
     "The seconds of each stage."
-    times = {str(k): _number(v, f'the time of {k!r}') for k, v in seconds.items()}
+    times = {str(k): _finite(v, f'the time of {k!r}') for k, v in seconds.items()}
     for k, v in times.items():
         if v is None or v < 0: raise BoothError(f"the time of {k!r} is {v}; give seconds, 0 or more")
     return times
@@ -416,7 +416,7 @@ def save(self:Report,
 # %% ../nbs/14_evaluation.ipynb #c6b28ec6
 def _pictures_in(path):
     "The rows of pictures of a page that `save` wrote."
-    rows, found = {}, re.findall(r'<img data-row="([^"]*)" src="data:image/png;base64,([^"]*)"', path.read_text(encoding='utf-8'))
+    rows, found = {}, re.findall(r'<img data-row="([^"]*)" src="data:image/png;base64,([^"]*)"', path.read_text(encoding='utf-8', errors='replace'))
     for label, data in found:
         try: image = Image.open(io.BytesIO(base64.b64decode(data)), formats=['PNG']).convert('RGB')
         except (OSError, ValueError, SyntaxError) as e: raise BoothError(f"a picture in {path} is damaged ({e}); remove the page or evaluate again") from None

@@ -8,7 +8,7 @@ __all__ = ['Matcher', 'Ranked', 'Ranking']
 # %% ../nbs/04_matching.ipynb #dcfe4cde
 from dataclasses import dataclass
 from itertools import product
-from numbers import Integral, Real
+from numbers import Real
 
 import torch
 from fastcore.basics import chunked, patch
@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 from transformers import BlipForImageTextRetrieval
 
 from .captioning import Blip, padded, _check_batch, _pairs, _texts, _two
-from .core import BoothError
+from .core import BoothError, _check_whole
 from .images import Photo, load_images, show_grid
 
 # %% ../nbs/04_matching.ipynb #2a2b6b02
@@ -134,7 +134,7 @@ def rank(self:Matcher,
     batch_size:int=32, # pictures, sentences and pairs at a time
 )->L: # one `Ranking` for each sentence
     "The `k` pictures that fit each sentence best: found by ITC, ordered by ITM."
-    if isinstance(k, bool) or not isinstance(k, Integral) or k < 1: raise BoothError(f"k={k!r}; it must be a whole number of 1 or more")
+    _check_whole('k', k, 1, "it must be a whole number of 1 or more")
     photos, texts = load_images(images), _texts(texts)
     near, where = self.similarity(photos, texts, batch_size).T.topk(min(k, len(photos)), dim=1)
     pairs = [(i, j) for j, row in enumerate(where.tolist()) for i in row]

@@ -16,10 +16,10 @@ from fastcore.basics import listify, patch
 from filelock import FileLock, Timeout
 from PIL import Image
 from .core import (BoothError, append_jsonl, atomic_write, file_hash, generator, load_json, out_dir, progress, randn, read_jsonl, save_json,
-    stateless_seed, weights_hash, _check_name, _number)
+    stateless_seed, weights_hash, _check_name, _check_whole, _number)
 from .diffusion import Guidance, add_noise, alpha_sigma, answer_for, predict_x0, _within
 from .images import load_image, load_images, show_grid, to_tensor, _read_text, _suffixes, _text_beside
-from .sampling import (_all_settings, _check_pipe, _check_prompts, _check_size, _check_steps, _check_whole, _guidance, _inference, _named, _own_scheduler, _token_limit, fill, plain_words,
+from .sampling import (_all_settings, _check_pipe, _check_prompts, _check_size, _check_steps, _guidance, _inference, _named, _own_scheduler, _token_limit, fill, plain_words,
     fingerprint, load_pipeline, sample, save_print)
 
 # %% ../nbs/09_priors.ipynb #585506f7

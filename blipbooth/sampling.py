@@ -20,7 +20,7 @@ from diffusers.utils import logging
 from fastcore.basics import chunked
 from fastcore.foundation import L
 from PIL import Image, ImageDraw, PngImagePlugin
-from .core import BoothError, Settings, atomic_write, generator, load_json, nearest, progress, randn, resolve_model, weights_hash, _check_name, _number
+from .core import BoothError, Settings, atomic_write, generator, load_json, nearest, progress, randn, resolve_model, weights_hash, _check_name, _check_whole, _number
 from .decoding import _loading
 from .diffusion import Guidance, alpha_sigma, answer_for, predict_x0, _within
 from .layers import compiled, quick, watched
@@ -43,7 +43,7 @@ def _check_folder(folder):
 
 # %% ../nbs/08_sampling.ipynb #a5fc4ea4
 @contextmanager
-def _hushed():
+def _loading_quietly():
     "Loading without bars, and without the remark that torchvision is missing."
     bars = logging.is_progress_bar_enabled()
     with _loading():
@@ -73,7 +73,7 @@ def load_pipeline(
     where = Settings.auto(device, dtype)
     folder = resolve_model(name_or_path, 'diffusion')
     _check_folder(folder)
-    with _hushed():
+    with _loading_quietly():
         from diffusers import StableDiffusionPipeline
         how = dict(dtype=where.dtype, use_safetensors=True, local_files_only=True)
         try: pipe = StableDiffusionPipeline.from_pretrained(folder, **_whole_parts(folder, **how), **how,
@@ -586,9 +586,6 @@ def _check_numbers(n, batch, index):
     _check_whole('n', n, 1, "print at least 1 image")
     if batch is not None: _check_whole('batch', batch, 1, "it must be at least 1, or None")
     _check_whole('index', index, 0, "images are counted from 0")
-
-def _check_whole(name, x, least, hint):
-    if not isinstance(x, numbers.Integral) or x < least: raise BoothError(f"{name} is {x!r}; {hint}")
 
 def _check_strength(steps, strength, init, mask):
     "The share of the way that is left, where a print begins with a photo."
