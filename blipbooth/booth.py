@@ -62,6 +62,7 @@ def _session(config, photos, token, class_noun, out):
     if c.concepts and not (photos is None and token is None and class_noun is None): raise BoothError(f"{len(c.concepts)} subjects stand in config.concepts, with photos, token and class noun; leave those out here, or concepts there")
     if c.concepts: c.photos, c.token, c.class_noun = c.concepts[0].photos, c.concepts[0].token, c.concepts[0].class_noun
     c.token, c.class_noun = (' '.join(str(o).split()) for o in (token or c.token, class_noun or c.class_noun))
+    if config is photos is token is class_noun is None and out: raise BoothError(f"{out} holds no run to open again; check the path, or say photos and class_noun to begin one there")
     if not c.class_noun: raise BoothError('no class noun; say what the subject is, such as class_noun=fox')
     if photos is None and not c.photos: raise BoothError('no photos; name a folder with three to five photos of the subject')
     return c
@@ -203,7 +204,7 @@ def _stage(booth, name, anew=False):
     "Time a stage, together with what it took before or `anew`, and keep the run's configuration beside its results."
     if not booth.cfg.photos: _keep_photos(booth)
     booth.keep('config.yaml', booth.cfg.save)
-    booth.keep('photos.json', lambda f: save_json(f, [dict(name=p.name, path=p.path, hash=p.hash, size=p.size) for p in booth.photos]))
+    booth.keep('photos.json', partial(save_json, obj=[dict(name=p.name, path=p.path, hash=p.hash, size=p.size) for p in booth.photos]))
     start = time.perf_counter()
     yield
     booth.seconds[name] = round((0 if anew else booth.seconds.get(name, 0)) + time.perf_counter() - start, 2)
@@ -442,7 +443,7 @@ def demo(
     from blipbooth.core import subject_photos
     cfg = DreamBoothConfig.load(None, *overrides)
     booth = Booth(subject_photos(subject), class_noun=subject, out=out, config=cfg)
-    booth.caption(); booth.make_priors(); booth.train()
+    booth.caption(); booth.make_priors(); booth.train(anyway=None)
     booth.save_prints([f'a {{subject}} {p}' for p in booth.places(n)])
     booth.evaluate()
     return booth

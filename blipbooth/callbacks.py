@@ -354,6 +354,7 @@ def restore(self:Checkpoints):
     for f in found[found.index(last) + 1:]: print(f'{f.name} is damaged; going on from {last.name}')
     differ = self.same_as(last, self.info)
     if (at := load_json(last/'state.json')['step']) > self.learn.steps: raise BoothError(f"{last} is {at} steps in, and steps={self.learn.steps} lies behind it; say steps={at} or more, or choose another folder")
+    if differ and at == self.learn.steps: raise BoothError(f"{last} has all of its {at} steps, and nothing would be learned with what has changed ({'; '.join(differ)}); say more steps, or choose another folder")
     load_checkpoint(self.learn, last, anew=bool(differ))
     if self.learn.accelerator.is_main_process and not any(isinstance(c, Best) for c in self.learn.cbs): (self.folder/'best').unlink(missing_ok=True)
 

@@ -12,7 +12,7 @@ import base64, hashlib, heapq, html, inspect, io, json, os, re, signal, string, 
 from collections import deque
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -25,11 +25,12 @@ from threading import RLock, Thread
 try: from fcntl import LOCK_EX, flock
 except ImportError: flock = None                              # Windows
 
-import numpy as np, torch
+import numpy as np, torch, transformers
 from fastcore.basics import chunked, listify, patch, store_attr
 from fastcore.foundation import L
 from PIL import Image
 from filelock import FileLock, Timeout
+from packaging.version import Version
 from transformers import (BlipForConditionalGeneration, BlipProcessor, GenerationConfig, GenerationMixin, WatermarkingConfig,
     StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer)
 
@@ -126,7 +127,7 @@ class Caption:
 @patch
 def _repr_html_(self:Caption):
     "The picture with its caption below it."
-    words = f"{html.escape(self.text)} <small>({_two(self.score)})</small>"
+    words = html.escape(self.text) + (f" <small>({_two(self.score)})</small>" if self.score == self.score else '')
     if self.photo is None: return f"<p>{words}</p>"
     thumb, buf = self.photo.image.copy(), io.BytesIO()
     thumb.thumbnail((192, 192))
@@ -180,7 +181,7 @@ def save_pretrained(self:Blip,
     odd = [o for o in there if 'config.json' not in there or not o.endswith(('.json', '.txt', '.safetensors'))]
     if odd: raise BoothError(f"{folder} holds {odd[0]}, which saving would remove; choose a new folder")
     out_dir(folder.resolve().parent)
-    with quiet_transformers(), atomic_dir(folder) as side:
+    with _loading(), atomic_dir(folder) as side:
         self.model.save_pretrained(side)
         self.processor.save_pretrained(side)
     return folder
@@ -607,7 +608,11 @@ def generate(self:Captioner,
     if isinstance(embeds, list) or self.shares_memory(config, 'assistant_model' in rest): write = partial(fast_generate, decoder, embeds)
     else: write = partial(decoder.generate, encoder_hidden_states=embeds, encoder_attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=self.device))
     with quiet_transformers(): rows = write(input_ids=x, attention_mask=torch.ones_like(x), generation_config=config, **rest)
-    return getattr(rows, 'sequences', rows).tolist()
+    rows, many = getattr(rows, 'sequences', rows), len(ids)*(config.num_return_sequences or 1)
+    if not torch.is_tensor(rows) or rows.ndim != 2 or len(rows) != many:
+        raise BoothError(f"custom_generate gave a {type(rows).__name__} {tuple(getattr(rows, 'shape', ()))}; give ids in a tensor of {many} rows: "
+                         f"{len(ids)} pictures with {config.num_return_sequences or 1} captions each, whatever num_beams ({config.num_beams}) is")
+    return rows.tolist()
 
 # %% ../nbs/03_captioning.ipynb #981c90d6
 def _cut(row, n, ends, pad):
@@ -656,9 +661,11 @@ def _room(self, prompt): return dict(longest=len(self.prompt_ids(prompt, 1)[0]),
 def _no_word(w): raise BoothError(f"{w!r} is no word to force or to avoid; give strings that the model can spell, such as 'fox' or 'in the park'")
 
 # %% ../nbs/03_captioning.ipynb #5ade6124
+_BY_PICTURE = Version(transformers.__version__) >= Version('5.24')  # before, each of a picture's samples had a number of its own
+
 def _numbered(part, config, rest):
     "A batch's options; a function that goes by a picture's number is told the one among all pictures."
-    allowed, several = rest.get('prefix_allowed_tokens_fn'), 1 if config.num_beams > 1 else config.num_return_sequences or 1
+    allowed, several = rest.get('prefix_allowed_tokens_fn'), 1 if config.num_beams > 1 or _BY_PICTURE else config.num_return_sequences or 1
     return {**rest, 'prefix_allowed_tokens_fn': lambda i, ids: allowed(part[i//several], ids)} if allowed else rest
 
 def _check_assistant(self, rest):
@@ -799,6 +806,8 @@ class NameSet:
         return bool(i < len(self.keys) and self.keys[i] == key)
 
 # %% ../nbs/03_captioning.ipynb #c0de0012
+def _written(name): return name.encode(errors='backslashreplace').decode() # a name that is not UTF-8, as records have it
+
 class Share:
     "Which pictures are for this process."
     def __init__(self,
@@ -818,7 +827,7 @@ class Share:
         if not m or not 1 <= int(m[1]) <= int(m[2]): raise BoothError(f"where={where!r}; write 2/4 for the second of four shares")
         return int(m[1]) - 1, int(m[2])
 
-    def __contains__(self, name): return NameSet.key(name) % self.n == self.i
+    def __contains__(self, name): return NameSet.key(_written(name)) % self.n == self.i
     def done(self, old): # the mark of a folder that is captioned anew, share by share: those that are done; nothing after the last
         if self.state or self.n == 1: return None
         mark = old['blipbooth'].get('overwrite')
@@ -963,7 +972,7 @@ def _record(name, c, wording):
 
 def _error_record(name, e, folder):
     "An error as a line of errors.jsonl."
-    return dict(file_name=name.encode(errors='backslashreplace').decode(), error=str(e).removeprefix(str(Path(folder)/name)).strip())
+    return dict(file_name=_written(name), error=str(e).removeprefix(str(Path(folder)/name)).strip())
 
 # %% ../nbs/03_captioning.ipynb #c0de0031
 def _check_folder_options(prompt, batch_size, fit, workers, wording):
@@ -1056,6 +1065,7 @@ class FolderCaptions:
     there: int = 0 # captioned by calls before it
     bad: int = 0 # pictures that could not be read
     kept: int = 0 # sidecars with another text, left as they were
+    shared: int = 0 # pictures whose sidecar is that of another picture, too
     gone: int = 0 # captions whose pictures are no longer there
     seconds: float = 0. # how long this call took
     worst: list = field(default_factory=list) # names of the first that could not be read
@@ -1083,6 +1093,7 @@ def __repr__(self:FolderCaptions):
     if self.there: parts.append(f"{self.there:,} were there")
     if self.gone: parts.append(f"{self.gone:,} of them without their pictures, which are gone; take their lines out, or caption anew with overwrite")
     if self.kept: parts.append(f"{self.kept:,} sidecars with another text kept")
+    if self.shared: parts.append(f"{self.shared:,} pictures share a sidecar with another of their name; rename them")
     if self.bad:
         names = ', '.join(self.worst[:3]) + (', …' if self.bad > 3 else '')
         parts.append(f"{self.bad:,} bad ({names}), see {self.errors_file.name}")
@@ -1095,7 +1106,14 @@ def _told(v):
     return v if v is None or type(v) in (str, int, float, bool, dict) else getattr(v, '__name__', type(v).__name__)
 
 @patch
-def folder_settings(self:Captioner, folder, log, prompt, fit, config, rest):
+def folder_settings(self:Captioner,
+    folder, # where the pictures are
+    log, # the file of captions
+    prompt, # how every caption begins, or None
+    fit, # stretch | center-crop | letterbox
+    config, # GenerationConfig
+    rest, # further options, as a dict
+)->dict:
     "All that decides the captions of a folder, ready for JSON; what would be so anyway is left out."
     where = '.' if Path(folder).resolve() == Path(log).parent.resolve() else str(Path(folder).resolve())
     more = {k: _told(v) for k, v in rest.items() if not (isinstance(v, (list, tuple)) and not v)}
@@ -1115,7 +1133,11 @@ def differences(
 
 # %% ../nbs/03_captioning.ipynb #12888605
 @patch
-def goes_on(self:FolderCaptions, settings, overwrite, where=None):
+def goes_on(self:FolderCaptions,
+    settings:dict, # of the run that wants to write
+    overwrite:bool, # is it to write over what is there?
+    where:str=None, # its share
+)->bool:
     "Whether a run that was begun is to be gone on with; a `BoothError` where one with other settings is in the way."
     old = load_json(self.config_file) if self.config_file.exists() else None
     ours = isinstance(old, dict) and isinstance(old.get('blipbooth'), dict)
@@ -1207,7 +1229,9 @@ def _write_sidecars(self:FolderCaptions, records, extension, overwrite):
     "Sidecars for pictures that are there; counts those that were kept."
     for o in records:
         picture = self.folder/o['file_name']
-        if picture.exists(): self.kept += not write_sidecar(picture, o['text'], extension, overwrite)
+        if picture.exists():
+            self.kept += not write_sidecar(picture, o['text'], extension, overwrite)
+            self.shared += any(picture.with_suffix(s).exists() for s in _suffixes if s != picture.suffix.lower())
 
 @patch
 def _work(self:FolderCaptions, batches, settings, overwrite, bar, sidecar):
@@ -1266,7 +1290,7 @@ def caption_folder(self:Captioner,
         share.meet()                                          # all know what is done before one of them adds to it
         names = (o for o in picture_files(res.folder, recursive) if o in share and o not in done)
         batches = self.caption_files(names, res.folder, prompt, batch_size, fit, workers, strict, size, wording, **decoding)
-        with progress(total=max(0, n - len(done))//share.n, desc='captions') as bar: res._work(batches, settings, overwrite, bar, side)
+        with closing(batches), progress(total=max(0, n - len(done))//share.n, desc='captions') as bar: res._work(batches, settings, overwrite, bar, side)
         share.meet()
         if share.first: res._sum_up(settings, share, overwrite)
     res.seconds = time.perf_counter() - start

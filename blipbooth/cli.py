@@ -103,7 +103,7 @@ def match(
 def priors(
     noun:str,          # what the class is, such as fox
     out:str=None,      # folder; without one, the cache keeps them
-    n:int=None,        # how many to keep; without it, 50 from the bundled model, and 100 where --threshold, --dedupe or --candidates say which, or from another model
+    n:int=None,        # how many to keep; without it, 50 from the bundled model, or 100 with --threshold or from another model
     model:str=None,    # hub name or folder of a Stable Diffusion; without one, the bundled model
     seed:int=0,        # image i is a function of (seed, i)
     prompts:str=None,  # a text file with a prompt in each line; without one, the plain class
@@ -120,6 +120,7 @@ def priors(
 ):
     "Draw class images with an untouched model."
     from blipbooth.core import BoothError
+    from blipbooth.concept import check_name
     from blipbooth.dreambooth import PriorConfig, suited_priors
     from blipbooth.matching import Matcher
     from blipbooth.priors import load_priors, make_priors
@@ -128,6 +129,7 @@ def priors(
     if candidates is not None and candidates < 1: raise BoothError(f"--candidates {candidates}; draw 1 at least for each that is kept")
     pipe, said = None if check else load_pipeline(model), PriorConfig(threshold=threshold, dedupe=dedupe or 0., candidates=candidates or 0)
     p = said if check else suited_priors(said, pipe)
+    if not check: check_name(pipe.tokenizer, 'sks', noun)     # a class that the model knows
     judge = dict(matcher=Matcher.from_pretrained(matcher) if p.threshold or p.dedupe or p.candidates > 1 else None, threshold=p.threshold, dedupe=p.dedupe or None)
     if check:
         made = load_priors(out, noun, **judge)
@@ -326,15 +328,24 @@ def doctor():
     print(f'python         {platform.python_version()}')
     for p in 'torch transformers diffusers accelerate peft safetensors omegaconf fastcore'.split(): print(f'{p:15}{_installed(p)}')
     print(f'device         {Settings.auto().device}')
-    broken = [k for k in ('captioner', 'matcher', 'diffusion') if not _opens(k)]
-    if broken: raise BoothError(f"the bundled {' and '.join(broken)} cannot be loaded; install blipbooth again")
+    changed = _changed_files()
+    broken = [k for k in ('captioner', 'matcher', 'diffusion', 'subjects') if not _opens(k, [f for f in changed if f.startswith(f'{k}/')])]
+    if broken: raise BoothError(f"the bundled {' and '.join(broken)} cannot be used as installed; install blipbooth again")
 
-def _opens(kind):
-    "Load a bundled model, and say how that went."
+def _changed_files():
+    "The bundled weights and photos that are no longer what was packed."
+    from blipbooth.core import bundled, bundled_sums, load_json
+    now, packed = bundled_sums(), load_json(bundled('captioner').parent/'sums.json')
+    return [k for k, v in packed.items() if now.get(k) != v]
+
+def _opens(kind, changed):
+    "Load a bundled model, unless its files have changed, and say how that went."
     from blipbooth.captioning import Captioner
+    from blipbooth.core import subject_photos
     from blipbooth.matching import Matcher
     from blipbooth.sampling import load_pipeline
-    try: dict(captioner=Captioner.from_pretrained, matcher=Matcher.from_pretrained, diffusion=load_pipeline)[kind]()
+    if changed: return print(f"{kind:15}broken: {changed[0]} is not what was packed")
+    try: dict(captioner=Captioner.from_pretrained, matcher=Matcher.from_pretrained, diffusion=load_pipeline, subjects=subject_photos)[kind]()
     except Exception as e: print(f"{kind:15}broken: {(str(e) or type(e).__name__).splitlines()[0]}")
     else: return not print(f"{kind:15}bundled")
 
@@ -395,7 +406,7 @@ def _as_options(message, f):
         name, value = m[1], m[2] or ''
         if name not in kinds or (kinds[name] is bool and value == 'False'): return m[0]
         return f"--{name.replace('_', '-')}{f' {value}' if value and kinds[name] is not bool else ''}"
-    return re.sub(r"(?<!\w)'[^']*'|(?<![\w.'-])([a-z_]+)=('[^']*'|\[[^]]*\]|[\w.]+\b)?(?!=)", option, message)
+    return re.sub(r"(?<!\w)'[^']*'|(?<![\w.'-])([a-z_]+)=('[^']*'|\[[^]]*\]|-?[\w.]+\b)?(?!=)", option, message)
 
 @contextmanager
 def _plain_warnings():

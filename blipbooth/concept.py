@@ -47,7 +47,7 @@ def personalise(
     token:str,      # the rare token, such as "sks"
     class_noun:str, # what the subject is, such as "fox"
 ) -> str:           # the caption with the subject's name
-    "Put the subject's name in the place of the class noun and its article, as a caption to train with: always with an article, and the name alone where the noun is missing (see `name_subject` for captions to keep)."
+    "Put the subject's name in the place of the class noun and its article, as a caption to train with: with 'a' where the noun had an article of any kind, and 'a' and the name alone where the noun is missing (see `name_subject` for captions to keep)."
     subject = f'{token} {class_noun}'
     out, n = _named_by(class_noun).subn(lambda m: f"{m[1] and 'a ' or ''}{m[2] or ''}{subject}", str(caption), count=1)
     return out if n else f'a {subject}'
@@ -532,8 +532,8 @@ def training_views(
     images,          # Photos
     size:int,        # resolution, pixels
     seed,            # the run's seed
-    o:DataOptions,
-    subject=True,    # of the subject; class images are not varied
+    o:DataOptions,   # how they are fitted and varied
+    subject:bool=True,# of the subject; class images are not varied
 ) -> Views:
     "The pictures that training sees."
     fit = o.fit if subject or o.fit != 'random-crop' else 'center-crop'

@@ -10,10 +10,10 @@ __all__ = ['CACHE', 'LEFT_OUT', 'quiet_transformers', 'random_blip', 'heads', 'v
            'GumbelNoise', 'seeded_sample']
 
 # %% ../nbs/02_decoding.ipynb #b5d460a6
-import copy, inspect, os, platform, threading, warnings, weakref
+import copy, inspect, logging, os, platform, threading, warnings, weakref
 from contextlib import ExitStack, contextmanager
 from functools import cache as once
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from types import SimpleNamespace
 
 import torch
@@ -33,36 +33,44 @@ CACHE = 'cache' if 'cache' in inspect.signature(GenerationMixin.prepare_inputs_f
 
 # %% ../nbs/02_decoding.ipynb #9175e203
 _one_at_a_time = threading.RLock()
-_quiet = SimpleNamespace(lock=threading.Lock(), blocks=0, state=ExitStack()) # of the whole process, as warnings and logs are
+_quiet = SimpleNamespace(lock=threading.Lock(), blocks=set(), state=ExitStack()) # of the whole process, as warnings and logs are
+
+class _Mute(logging.Filter): # a level is changed under a lock, which a Ctrl-C at the wrong moment leaves taken; a filter asks for none
+    def filter(self, record): return not _quiet.blocks
+
+_mute, _transformers = _Mute(), logging.getLogger('transformers')
 
 @contextmanager
-def _hushed():
-    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+def _no_warnings():
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        hf_logging.set_verbosity_error()
-        hf_logging.disable_progress_bar()
-        try: yield
-        finally:
-            hf_logging.set_verbosity(level)
-            if bars: hf_logging.enable_progress_bar()
-
-@contextmanager
-def _loading():
-    "For the loading of models, quietly, and one at a time: transformers and diffusers set torch up for it, for all threads."
-    with _one_at_a_time, quiet_transformers(): yield
+        yield
 
 @contextmanager
 def quiet_transformers():
-    "Silence the bars, logs and warnings of transformers inside the `with` block; of blocks that overlap, in threads, the last one to end lets them speak."
-    with _quiet.lock:
-        if not _quiet.blocks: _quiet.state.enter_context(_hushed())
-        _quiet.blocks += 1
-    try: yield
-    finally:
+    "Silence the logs and warnings of transformers inside the `with` block; of blocks that overlap, in threads, the last one to end lets them speak."
+    block = object()
+    try:
         with _quiet.lock:
-            _quiet.blocks -= 1
+            for o in _transformers.handlers: o.addFilter(_mute)
+            if not _quiet.blocks: _quiet.state.enter_context(_no_warnings())
+            _quiet.blocks.add(block)
+        yield
+    finally:
+        _quiet.blocks.discard(block)
+        with _quiet.lock:
             if not _quiet.blocks: _quiet.state.close()
+
+@contextmanager
+def _loading():
+    "For models that are loaded or written, without bars, and one at a time: transformers and diffusers set torch up for it, for all threads."
+    with _one_at_a_time, quiet_transformers():
+        bars = hf_logging.is_progress_bar_enabled()
+        try:
+            hf_logging.disable_progress_bar()
+            yield
+        finally:
+            if bars: hf_logging.enable_progress_bar()
 
 # %% ../nbs/02_decoding.ipynb #26f2510c
 _specials = '[PAD] [UNK] [CLS] [SEP] [MASK] [DEC] [ENC]'.split()
@@ -213,7 +221,7 @@ def visible(
     t:int, # new words
     past:int, # words before them
     mask:torch.Tensor=None, # (b*k, past + t), 0 where a row is padded
-    device=None,
+    device=None, # where the answer is to be
 )->torch.Tensor: # true where a word may look, or None: everywhere
     "Which words each new word may look at."
     if t == 1 and (mask is None or not mask.is_cuda and mask.all()): return None
@@ -478,19 +486,25 @@ class BeamGroup:
         self.pad, self.offers = config.pad_token_id or 0, k*max(2, 1 + len(listify(config.eos_token_id)))
         self.rows, self.sums, self.done = [row]*k, torch.tensor([0.] + [-1e9]*(k - 1)), Finished(k, config)
 
-    def step(self,
+    def offer(self,
         lp:torch.Tensor, # (k, vocabulary) log-probabilities of the next word
         choose, # see `best_sums`
-        stop, # rows -> which of them end
         said:list, # next words of groups that chose before
-    )->list: # which sentence each of the k new ones goes on from
-        "Choose the next words, finish what ends."
-        if self.done.over: self.rows = [r + [self.pad] for r in self.rows]; return list(range(self.k))
+    )->list: # (sum, sentence it goes on from, ids) of each that may come next
+        "Choose the next words."
+        if self.done.over: return [(s, j, r + [self.pad]) for j, (s, r) in enumerate(zip(self.sums.tolist(), self.rows))]
         sums = lp + self.sums[:, None]
         new = choose(sums.clone(), [r[self.start:] for r in self.rows], said, self.offers)
         if len(new) < self.k: new = [*new, *[o for o in best_sums(sums, n=self.offers + len(new)) if o not in new][:self.k - len(new)]] # what a choice holds back
-        found, n = [(s, j, self.rows[j] + [w]) for s, j, w in new], len(self.rows[0]) + 1 - self.start
-        ends = stop([r for *_, r in found])
+        return [(s, j, self.rows[j] + [w]) for s, j, w in new]
+
+    def take(self,
+        found:list, # what it offered
+        ends:list, # which of them end
+    )->list: # which sentence each of the k new ones goes on from
+        "Finish what ends, and go on with the best of the others."
+        if self.done.over: self.rows = [r for *_, r in found]; return list(range(self.k))
+        n = len(found[0][2]) - self.start
         for s, _, r in [o for o, e in zip(found[:self.k], ends) if e]: self.done.add(s, n, r, self.met(r[self.start:]))
         on = [o for o, e in zip(found, ends) if not e][:self.k]
         if on: self.done.settle(max(s for s, *_ in on), n, self.most)
@@ -535,18 +549,27 @@ def beam_loop(
     pictures = [[BeamGroup(rows[i*c.num_beams].tolist(), k, c, met) for _ in range(groups)] for i in range(b)]
     while not all(g.done.over for gs in pictures for g in gs):
         lp, kwargs = _next_log_probs(model, rows, kwargs)
-        lp, come = logits_processor(rows, lp).cpu().view(b, groups, k, -1), []
-        for i, gs in enumerate(pictures):
-            said = []
-            for j, g in enumerate(gs):
-                come += [(i*groups + j)*k + o for o in g.step(lp[i, j], choose, stop, said)]
-                said += [r[-1] for r in g.rows]
+        lp, said, from_ = logits_processor(rows, lp).cpu().view(b, groups, k, -1), [[] for _ in pictures], {}
+        for j in range(groups):                               # what ends is asked once for all pictures, for some count how often they are asked
+            found = [gs[j].offer(lp[i, j], choose, said[i]) for i, gs in enumerate(pictures)]
+            ends = iter(stop([r for o in found for *_, r in o]))
+            for i, gs in enumerate(pictures):
+                from_[i, j] = [(i*groups + j)*k + o for o in gs[j].take(found[i], list(islice(ends, len(found[i]))))]
+                said[i] += [r[-1] for r in gs[j].rows]
+        come = [o for key in sorted(from_) for o in from_[key]]
         rows = torch.tensor([r for gs in pictures for g in gs for r in g.rows], device=device)
         if kwargs.get(CACHE) is not None: kwargs[CACHE].reorder_cache(torch.tensor(come, device=device))
     return torch.tensor(_collect(pictures, c.num_return_sequences or 1, c.pad_token_id or 0), device=device)
 
 # %% ../nbs/02_decoding.ipynb #164ab1d3
-def diverse_beam_search(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+def diverse_beam_search(
+    model, # a decoder, fast or transformers' own
+    input_ids, # (b*beams, t), as `generate` expands them
+    logits_processor, # a LogitsProcessorList
+    stopping_criteria, # a StoppingCriteriaList
+    generation_config, # with num_beams, num_beam_groups, diversity_penalty
+    **kwargs, # what the decoder reads
+): # ids of the sentences, as transformers' beam search gives them
     "Beam search in groups that avoid each other's words; for `generate(custom_generate=diverse_beam_search, num_beam_groups=…, diversity_penalty=…)`."
     penalty = generation_config.diversity_penalty or 0.
     def choose(sums, rows, said, n):
@@ -596,7 +619,14 @@ class Constrained:
         return [*(o for t in turns for o in t if o), *late][:n or 2*len(rows)]
 
 # %% ../nbs/02_decoding.ipynb #ee8fe0a7
-def constrained_beam_search(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+def constrained_beam_search(
+    model, # a decoder, fast or transformers' own
+    input_ids, # (b*beams, t), as `generate` expands them
+    logits_processor, # a LogitsProcessorList
+    stopping_criteria, # a StoppingCriteriaList
+    generation_config, # with num_beams, force_words_ids
+    **kwargs, # what the decoder reads
+): # ids of the sentences, as transformers' beam search gives them
     "Beam search whose sentences hold the phrases of `force_words_ids`; for `generate(custom_generate=constrained_beam_search, force_words_ids=…)`."
     c = generation_config
     choose = Constrained([[list(p) for p in f] for f in alternatives(c.force_words_ids)], listify(c.eos_token_id), c.max_length - input_ids.shape[1])
@@ -614,7 +644,16 @@ class GumbelNoise(LogitsProcessor):
         best = (scores.double() - (-u.log()).log()).argmax(1, keepdim=True)
         return torch.full_like(scores, -float('inf')).scatter(1, best, 0.)
 
-def seeded_sample(model, input_ids, logits_processor, stopping_criteria, generation_config, row_seeds, listener=None, **kwargs):
+def seeded_sample(
+    model, # a decoder, fast or transformers' own
+    input_ids, # (b, t) how each sentence begins
+    logits_processor, # a LogitsProcessorList
+    stopping_criteria, # a StoppingCriteriaList
+    generation_config, # with temperature and so on
+    row_seeds, # b seeds
+    listener=None, # a streamer
+    **kwargs, # what the decoder reads
+): # ids of the sentences, as transformers' sampling gives them
     "Sampling with dice for every row; for `generate(custom_generate=seeded_sample, row_seeds=[…])`; a streamer is given as `listener`, too, for `generate` does not hand its own on."
     largest = copy.copy(generation_config)                    # is taken: torch's own dice are not touched
     largest.do_sample = False

@@ -123,7 +123,7 @@ def debiased_weight(
     snr, # signal-to-noise ratio of each image's timestep (b,)
     kind:str='epsilon', # epsilon, v_prediction or sample
 ): # a weight for each image's loss (b,)
-    "Debiased estimation weights (Yu et al. 2024)."
+    "Debiased estimation weights (Yu et al. 2024); for epsilon 100 at most."
     _check_kind(kind)
     if kind == 'epsilon': return snr.clamp(min=1e-4).rsqrt() # a schedule that ends in pure noise has 0 there
     return snr.sqrt()/(snr+1) if kind == 'v_prediction' else snr.sqrt()

@@ -35,7 +35,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from safetensors.torch import load_file, save_file
 from yaml import YAMLError
 from .callbacks import EMA, Checkpoints, Halved, Interrupts, LetGo, LivePlot, LossLog, NaNGuard, Prints, Progress, Track, check_trackers, checkpoint_step, load_weights
-from .decoding import _one_at_a_time, quiet_transformers
+from .decoding import _loading, _one_at_a_time
 from .concept import Concept, DataOptions, check_name, check_tokens, check_weights, token_doubts, fitted_masks, load_masks, training_set, training_views, _step
 from .core import BoothError, atomic_dir, atomic_write, file_hash, load_json, nearest, stateless_seed, weights_hash, _check_name, _choices
 from .diffusion import add_noise, alpha_sigma, debiased_weight, logit_normal, min_snr_weight, p2_weight, prior_loss, snr, target
@@ -68,11 +68,11 @@ class TrainConfig(_Keys):
 @dataclass
 class PriorConfig(_Keys):
     "Class images that hold the model in place."
-    n:int = _f(0, 'how many class images; 0: 100, or for the bundled model 50, chosen from 100')
+    n:int = _f(0, 'how many class images; 0: 100, or for the bundled model, where threshold is left open, 50, chosen from 100')
     weight:float = _f(1., 'weight of their loss; 0 trains without prior preservation')
-    threshold:Optional[float] = _f(None, 'least ITM probability that a class image shows the class; 0 keeps all; null: what suits the model (bundled 0.6, with candidates=2; Stable Diffusion 0)')
+    threshold:Optional[float] = _f(None, 'least ITM probability that a class image shows the class; 0 keeps all; null: what suits the model (bundled 0.6, Stable Diffusion 0)')
     dedupe:float = _f(0., 'cosine of embeddings from which two class images count as one, such as 0.995; 0 keeps both')
-    candidates:int = _f(0, 'how many are drawn for each class image, of which the one least like those before it is kept; 0: 1, unless the choice is left open')
+    candidates:int = _f(0, 'how many are drawn for each class image, of which the one least like those before it is kept; 0: 1, or for the bundled model, where threshold is left open, 2')
     folder:str = _f('', 'class images that exist already; empty: they are made')
 
 # %% ../nbs/13_dreambooth.ipynb #cb87a9e4
@@ -161,7 +161,7 @@ class DreamBoothConfig(_Keys):
     optimizer_args:Dict[str, Any] = field(default_factory=dict, metadata=dict(doc='its further arguments, such as optimizer_args.betas=[0.9,0.99]'))
     weight_decay:float = _f(.01, 'weight decay of the optimizer')
     warmup:int = _f(10, 'steps over which the learning rate rises')
-    schedule:str = _f('cosine', 'the learning rate after the warm-up: constant, linear or cosine (both to 0 at the last step); or a dotted name, which is given the optimizer and schedule_args and knows no warm-up')
+    schedule:str = _f('cosine', 'the learning rate after the warm-up: constant, linear or cosine (both reach 0 as the last step ends); or a dotted name, which is given the optimizer and schedule_args and knows no warm-up')
     schedule_args:Dict[str, Any] = field(default_factory=dict, metadata=dict(doc='arguments of a schedule by dotted name, such as schedule_args.T_max=300'))
     clip:float = _f(1., 'largest norm of the gradient; 0: any')
     min_snr:float = _f(0., 'gamma of min-SNR weighting (arXiv 2303.09556); 0: off')
@@ -202,7 +202,7 @@ def preset(
 # %% ../nbs/13_dreambooth.ipynb #230aaf0c
 def config_fields(
     cls=DreamBoothConfig, # a configuration class
-    prefix='',
+    prefix:str='',        # in front of each key, such as 'train.'
 ) -> dict:                # {dotted key: (default, what it does)}
     "Every key of a configuration, with its default and its line."
     out = {}
@@ -674,9 +674,10 @@ def suited_priors(
     pipe,  # StableDiffusionPipeline
 ) -> PriorConfig: # with n, threshold and candidates
     "The class images as configured; what is left open as it held best for the bundled model (see `make_priors`), or as is usual."
-    open_ = is_small(pipe) and prior.threshold is None and not (prior.dedupe or prior.candidates or prior.folder)
-    threshold, candidates = (.6, 2) if open_ else (prior.threshold or 0., prior.candidates or 1)
-    return dataclasses.replace(prior, n=prior.n or (50 if open_ else 100), threshold=threshold, candidates=candidates)
+    if not prior.weight: return prior
+    open_ = is_small(pipe) and prior.threshold is None and not prior.folder
+    n, threshold, candidates = (50, .6, 2) if open_ else (100, prior.threshold or 0., 1)
+    return dataclasses.replace(prior, n=prior.n or n*(not prior.folder), threshold=threshold, candidates=prior.candidates or candidates)
 
 def learning_rates(
     cfg,  # DreamBoothConfig
@@ -753,7 +754,7 @@ def _try_out(cfg, device):
     try:
         opt.step()
         for done in range(max(1, cfg.steps) if '.' in cfg.schedule else 1): sched.step()
-    except (TypeError, ValueError, RuntimeError, LookupError, ArithmeticError) as e:
+    except (TypeError, ValueError, RuntimeError, LookupError, ArithmeticError, AttributeError) as e:
         which = f'step {done + 1} of {cfg.steps}' if done else 'a step'
         raise BoothError(f"optimizer={cfg.optimizer} with schedule={cfg.schedule} cannot take {which} ({str(e).partition(chr(10))[0]}); "
                          f"check optimizer_args={dict(cfg.optimizer_args)} and schedule_args={dict(cfg.schedule_args)}") from None
@@ -847,10 +848,11 @@ def idle_keys(
             'data.views': cfg.fit != 'random-crop' and not cfg.data.colour, 'data.background': not any(c.masks for c in concepts),
             'train.rank': 'lora' not in (t.unet, t.text_encoder), 'train.unet_lr': t.unet == 'off', 'train.text_encoder_lr': t.text_encoder == 'off',
             'train.token': whole, 'train.token_lr': whole or not t.token, 'schedule_args': '.' not in cfg.schedule, 'warmup': '.' in cfg.schedule,
-            'template': bool(cfg.concepts) or cfg.captions != 'template'}
+            'template': bool(cfg.concepts) or cfg.captions != 'template', 'checkpoint.every': bool(cfg.checkpoint.epochs),
+            **{f'prior.{k}': not cfg.prior.weight for k in ('folder', 'threshold', 'dedupe', 'candidates')}, 'prior.n': not cfg.prior.weight or bool(cfg.prior.folder)}
     for i, c in enumerate(cfg.concepts): idle |= {f'concepts.{i}.texts': bool(c.captions), f'concepts.{i}.template': bool(c.captions or c.texts)}
     usual = lambda k: config_fields(ConceptConfig)[k.split('.')[-1]][0] if k.startswith('concepts.') else config_fields()[k][0]
-    return [k for k, o in idle.items() if o and _get(cfg, k) != usual(k)]
+    return [k for k, o in idle.items() if o and _get(cfg, k) not in (usual(k), PRESETS.get(cfg.preset, {}).get(k, usual(k)))]
 
 # %% ../nbs/13_dreambooth.ipynb #5748d937
 def check_run(
@@ -1047,7 +1049,7 @@ class Estimate:
     weights:int     # what stays in memory while it trains
     gradients:int   # one a trainable parameter
     optimizer:int   # moments
-    activations:int # what forward and backward keep beyond that, at their peak
+    activations:int # what forward and backward, or the optimizer's step, keep beyond that, at their peak
     checkpoint:int  # one checkpoint on disk
     @property
     def peak(self): return self.weights + self.gradients + self.optimizer + self.activations
@@ -1070,24 +1072,33 @@ def estimate(
     size = lambda ps: sum(p.numel()*p.element_size() for p in ps)
     trained, spare = [p for p in net.parameters() if p.requires_grad], {id(p) for m in spare_parts(twin, cfg) for p in m.parameters()}
     weights, gradients = size(p for m in (net, pipe.vae) for p in m.parameters() if id(p) not in spare), size(trained)
-    moments = int(_moments(cfg, trained))
+    moments, held = _moments(cfg, trained, pipe.device)
     average = gradients if cfg.ema else 0
-    return Estimate(table, weights + average, gradients, moments, _one_step(net, twin, cfg) - gradients, gradients + moments + average)
+    return Estimate(table, weights + average, gradients, moments, max(_one_step(net, twin, cfg) - gradients, held), gradients + moments + average)
 
 # %% ../nbs/13_dreambooth.ipynb #2ea51af4
-def _moments(cfg, params):
-    "Bytes that the optimizer keeps beside what trains, found by trying it on small tensors of the same kinds: some keep less of a matrix than of a vector."
-    sizes = Counter()
-    for p in params: sizes[tuple(min(n, 64) for n in p.shape)] += p.numel()*p.element_size()
-    return sum(n*_kept(cfg, shape) for shape, n in sizes.items())
+def _moments(cfg, params, device):
+    "Bytes that the optimizer keeps beside what trains, and that its step holds, found by trying it on small tensors of the same kinds: some keep less of a matrix than of a vector."
+    sizes, largest = Counter(), Counter()
+    for p in params:
+        kind, n = tuple(min(n, 64) for n in p.shape), p.numel()*p.element_size()
+        sizes[kind], largest[kind] = sizes[kind] + n, max(largest[kind], n)
+    tried = {kind: _kept(cfg, kind, device) for kind in sizes}
+    together = sum(sizes[k]*held for k, (_, held, all_) in tried.items() if all_)
+    return int(sum(sizes[k]*kept for k, (kept, *_) in tried.items())), int(max([together, *(largest[k]*held for k, (_, held, _) in tried.items())]))
 
-def _kept(cfg, shape):
-    "Numbers that the optimizer keeps for each one of a tensor."
+def _kept(cfg, shape, device):
+    "Numbers that the optimizer keeps for each one of a tensor, that a step holds for each, and whether it does for all tensors at once."
     p = torch.nn.Parameter(torch.ones(shape))
     p.grad = torch.ones(shape)
-    opt = make_optimizer(cfg, [dict(params=[p], lr=1e-4)])
+    opt = make_optimizer(cfg, [dict(params=[p], lr=1e-4, weight_decay=cfg.weight_decay)])
+    group = opt.param_groups[0]
+    at_once = group.get('foreach') or group.get('foreach', 0) is None and not group.get('fused') and device.type == 'cuda'  # as torch chooses there
+    if at_once: group['foreach'] = True
     opt.step()
-    return sum(v.numel() for v in opt.state[p].values() if torch.is_tensor(v) and v.numel() > 1)/p.numel()
+    kept = [v for v in opt.state[p].values() if torch.is_tensor(v) and v.numel() > 1]
+    with _Alive(SimpleNamespace(parameters=lambda: [p, p.grad], buffers=lambda: kept)) as alive: opt.step()
+    return sum(v.numel() for v in kept)/p.numel(), alive.peak/p.numel()/p.element_size(), bool(at_once)
 
 # %% ../nbs/13_dreambooth.ipynb #6e5c02a0
 def _newest(kept):
@@ -1097,25 +1108,37 @@ def _newest(kept):
         if last and checkpoint_step(f) > checkpoint_step(last): warnings.warn(f'{f.name} is damaged; {last.name} is taken')
     return last
 
+def _chosen(run, checkpoint):
+    "The folder of the checkpoint asked for, of the one that `best` points to now, or of the newest whole one."
+    best, kept = run/'checkpoints'/'best', Checkpoints(run/'checkpoints')
+    at = Path(checkpoint) if checkpoint else best.resolve() if best.exists() else _newest(kept)
+    if at is None: raise BoothError(f"{run} has no whole checkpoint yet; train it with: blipbooth train --resume {shlex.quote(str(run))}")
+    if not at.is_dir(): raise BoothError(f"there is no checkpoint {at}; there are {', '.join(f.name for f in kept.found()) or 'none'}")
+    return at
+
 def open_run(
     run,             # run folder
     checkpoint=None, # a checkpoint folder; None: `best` where it is chosen, else the newest whole one
     model=None,      # where the model is now that the run began from; None: where it was
 ):                   # (StableDiffusionPipeline with the trained weights, DreamBoothConfig)
     "Load what a run has learned."
-    run = Path(run)
+    run = Path(run).expanduser()
     if not (run/'config.yaml').is_file(): raise BoothError(f"{run} is no run folder: it has no config.yaml; give the folder a training run wrote")
     cfg = DreamBoothConfig.load(run/'config.yaml')
-    best, kept = run/'checkpoints'/'best', Checkpoints(run/'checkpoints')
-    if not checkpoint: checkpoint = best if best.exists() else _newest(kept)
-    if checkpoint is not None and not Path(checkpoint).is_dir(): raise BoothError(f"there is no checkpoint {checkpoint}; there are {', '.join(f.name for f in kept.found()) or 'none'}")
-    if checkpoint is None: raise BoothError(f"{run} has no whole checkpoint yet; train it with: blipbooth train --resume {shlex.quote(str(run))}")
+    at = _chosen(run, checkpoint)
     cfg.model = str(model) if model else cfg.model
     if os.path.isabs(cfg.model) and not Path(cfg.model).exists(): raise BoothError(f"{run} began from the model in {cfg.model}, which is no longer there; open it with model=FOLDER, where that is now")
     pipe = load_pipeline(cfg.model or None)
-    began = load_json(Path(checkpoint)/'state.json')['info'].get('weights')
-    if began not in (None, base_weights(pipe)): warnings.warn(f"{cfg.model or 'the bundled model'} has other weights than when {run} learned from it; what was learned may not fit")
-    load_weights(choose_parts(pipe, cfg), checkpoint, average=True)
+    base, net = base_weights(pipe), choose_parts(pipe, cfg)
+    while True:
+        try:
+            began = load_json(at/'state.json')['info'].get('weights')
+            load_weights(net, at, average=True)
+            break
+        except (BoothError, OSError):                          # a run that is at work may have let go of it meanwhile
+            if (newer := _chosen(run, checkpoint)) == at: raise
+            at = newer
+    if began not in (None, base): warnings.warn(f"{cfg.model or 'the bundled model'} has other weights than when {run} learned from it; what was learned may not fit")
     return pipe, cfg
 
 # %% ../nbs/13_dreambooth.ipynb #18286666
@@ -1157,6 +1180,6 @@ def export_pipeline(
     "Write a trained model as an ordinary diffusers folder, LoRA merged in."
     _only_ours(folder, 'model_index')
     merge_lora(pipe)
-    with quiet_transformers(), atomic_dir(folder) as tmp:
+    with _loading(), atomic_dir(folder) as tmp:
         pipe.save_pretrained(tmp, safe_serialization=True)
         if (f := tmp/'text_encoder'/'model.safetensors').exists(): _older_names(f)

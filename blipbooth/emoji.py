@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
 from fastcore.basics import patch, store_attr
 from safetensors.torch import load_file, save_file
-from .core import BoothError, Settings, atomic_dir, atomic_write, bundled, progress
+from .core import BoothError, Settings, atomic_dir, atomic_write, bundled, bundled_sums, progress, save_json
 from .diffusion import add_noise, alpha_sigma, target
 
 # %% ../nbs/30_emoji.ipynb #084c2bbd
@@ -1151,7 +1151,10 @@ def main(
     if a.verb == 'measure': return print(json.dumps(measure(art, n=a.n or 500), indent=1))
     if a.verb == 'scenes': return print(len(scene_set(art, a.model, a.n or 60000, Path(a.out)/'scenes')[1]), 'scenes')
     model = art if a.model == 'subjects' else _TRAIN[a.model](art, a.out, Budget(a.steps, a.minutes, a.device, a.on), **said)
-    if a.verb == 'install': install('matcher' if a.model == 'head' else a.model, model, bundled('captioner').parent/('matcher' if a.model == 'head' else a.model))
+    kind, root = 'matcher' if a.model == 'head' else a.model, bundled('captioner').parent
+    if a.verb == 'install':
+        install(kind, model, root/kind)
+        save_json(root/'sums.json', bundled_sums())
 
 # %% ../nbs/30_emoji.ipynb #8c8db0c6
 if __name__ == '__main__' and '__file__' in globals(): main()  # as a script, not as a notebook

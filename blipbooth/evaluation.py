@@ -52,6 +52,8 @@ _idle = set('''a an the this that these those some its it his her their my your 
     into onto over under above below behind beside between near next against around through across inside outside top front
     photo photograph picture image drawing print view background s'''.split())
 
+def _listed(x): return listify(x.tolist() if hasattr(x, 'tolist') else x) # a column of a table, too
+
 def _words(text): return re.findall(r'[^\W_]+', str(text).lower())
 
 def prompt_words(
@@ -90,7 +92,7 @@ def prompt_fidelity(
     drop=(), # words that cannot be seen, such as the rare token
 )->PromptFidelity: # a float from 0 to 1; higher is better
     "The share of the prompt's words that the captioner reads back, averaged over the prints."
-    photos, prompts = _some(prints, 'print'), listify(prompts.tolist() if hasattr(prompts, 'tolist') else prompts)
+    photos, prompts = _some(prints, 'print'), _listed(prompts)
     if len(prompts) == 1: prompts = prompts*len(photos)
     if len(prompts) != len(photos): raise BoothError(f"{len(prompts)} prompts for {len(photos)} prints; give one for all, or one for each")
     wanted = [prompt_words(o, drop) for o in prompts]
@@ -446,7 +448,7 @@ def _text(x, name):
 
 def _reference_words(references, tokenize):
     "The words of each reference: a list of lists of words for each picture."
-    wanted = [[_text(r, f'reference {j} of picture {i}') for j, r in enumerate(listify(o))] for i, o in enumerate(listify(references))]
+    wanted = [[_text(r, f'reference {j} of picture {i}') for j, r in enumerate(_listed(o))] for i, o in enumerate(_listed(references))]
     for i, o in enumerate(wanted):
         if not o: raise BoothError(f"picture {i} has 0 references; at least 1 needed: write one, or leave the picture out")
         for r in o:
@@ -456,7 +458,7 @@ def _reference_words(references, tokenize):
 # %% ../nbs/14_evaluation.ipynb #9ac6491a
 def _pairs(candidates, references, tokenize):
     "(words of the caption, words of each of its references), for each picture."
-    said, wanted = listify(candidates), _reference_words(references, tokenize)
+    said, wanted = _listed(candidates), _reference_words(references, tokenize)
     if not said: raise BoothError("0 captions; at least 1 needed, add 1 more")
     if len(said) != len(wanted): raise BoothError(f"{len(said)} captions for {len(wanted)} lists of references; give each caption one list of its own")
     return [(tokenize(_text(c, f'caption {i}')), o) for i, (c, o) in enumerate(zip(said, wanted))]
@@ -599,6 +601,6 @@ def caption_metrics(
     tokenize=caption_words, # sentence -> its words
 )->CaptionMetrics: # a dict: cider_d, bleu1, bleu2, bleu3, bleu4, rouge_l; higher is better
     "All scores of captions."
-    both = listify(candidates), [listify(o) for o in listify(references)]
+    both = _listed(candidates), [_listed(o) for o in _listed(references)]
     blocks = {f'bleu{n}': o for n, o in zip(_orders, bleu(*both, tokenize))}
     return CaptionMetrics(cider_d=cider_d(*both, corpus, tokenize), **blocks, rouge_l=rouge_l(*both, tokenize))

@@ -387,6 +387,7 @@ def plot(self:FineTuned,
 
 @patch
 def _repr_png_(self:FineTuned):
+    if not self.losses: return
     out = io.BytesIO()
     self.plot().figure.savefig(out, format='png', dpi=70)
     return out.getvalue()
@@ -400,7 +401,7 @@ def finetune(self:Captioner,
     cbs=(), # further callbacks
     **options, # fields of `FineTuneConfig`: steps, batch_size, lr, warmup, train, prompt, seed, mixed_precision …
 )->FineTuned: # the losses; the captioner itself has learned
-    "Learn the captions of pictures; what fails before the first step leaves the captioner untouched."
+    "Learn the captions of pictures; what fails before the first step leaves the captioner untouched, and Ctrl-C ends it after a step, saved in `out`, with KeyboardInterrupt."
     cfg = FineTuneConfig.of(**options)
     if self.dtype not in (torch.float32, torch.float64):
         raise BoothError(f"the weights are in {str(self.dtype)[6:]}, too coarse for small steps; load the captioner in float32 and give mixed_precision='bf16'")
@@ -414,5 +415,6 @@ def finetune(self:Captioner,
         try: learn = caption_learner(net, data, cfg, acc, out, resume, info, cbs).fit()
         finally:
             for m, on in modes: m.training = on
+    if any(isinstance(c, Interrupts) and c.got for c in learn.cbs): raise KeyboardInterrupt(learn.cancelled)  # what follows in a script does not go on with half of it
     losses = next(c.losses for c in learn.cbs if isinstance(c, Curve))
     return FineTuned(self, losses, smoothing_floor(self.text_config.vocab_size, cfg.smoothing), learn.cancelled or '', cfg)

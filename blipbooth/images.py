@@ -172,7 +172,7 @@ def _sources(src):
     if isinstance(src, (str, Path)):
         if str(src) == '': raise BoothError("'' is no folder or file; give a path, '.' for the folder you are in")
         path = Path(src).expanduser()
-        if not path.exists(): raise BoothError(f"there is no folder or file {path}; {_look(path)}")
+        if not path.exists(): raise BoothError(f"there is no folder or file {src}; {_look(path)}")
         return _photo_files(path) if path.is_dir() else [path]
     if not hasattr(src, '__iter__') and not isinstance(src, (Photo, Image.Image)): raise BoothError(f"{src!r} is no picture; give a folder, a file, a picture, or a list of them")
     batch = getattr(src, 'ndim', 0) == 4

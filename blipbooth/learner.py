@@ -48,6 +48,10 @@ class Learner:
         self.cbs = sorted(cbs, key=lambda c: c.order)
         for c in self.cbs: c.learn = self
 
+    def __repr__(self):
+        loss = f", loss {self.losses['loss']:.3g}" if hasattr(self, 'losses') else ''
+        return f"Learner(step {self.step} of {self.steps}{loss}{', ' + self.cancelled if self.cancelled else ''})"
+
     def __call__(self, moment, alone=False):
         "Tell every callback that a moment has come, to this process alone or to all; one that ends the training here does so once all have been told."
         ends = None

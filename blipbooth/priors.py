@@ -54,7 +54,7 @@ _places = 'on in at under over near beside behind against by'.split()
 def article(
     noun:str, # a noun phrase
 ) -> str:     # with 'a' or 'an' in front
-    "The noun phrase with its indefinite article."
+    "The noun phrase with an indefinite article, by its first letter: as the bundled models were trained, so 'an unicorn', too."
     return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"
 
 def place(
@@ -460,7 +460,12 @@ def batch(self:_ClassHalf,
     return {**{k: torch.cat([b[k], c[k].to(b[k])]) for k in b if k != 'n_subject'}, 'n_subject': size}
 
 @patch
-def more(self:_ClassHalf, ks, b, which, silent=False):
+def more(self:_ClassHalf,
+    ks,    # numbers of the samples
+    b,     # the subject's batch
+    which, # the row of each sample's text
+    silent:bool=False, # no further noise
+):         # dict of ids, context, mask, offset, perturb
     "What else samples hold: the text, a mask that hides nothing, further noise (none, where the target is exact)."
     extra = dict(ids=self.ids[which], context=self.context[which], mask=torch.ones(len(b['latents']), 1, *b['latents'].shape[2:]))
     for name in {'offset', 'perturb'} & set(b):
@@ -494,7 +499,9 @@ class on_the_fly(_ClassHalf):
 
 # %% ../nbs/09_priors.ipynb #35e3d9f8
 @patch
-def posterior(self:on_the_fly, i):
+def posterior(self:on_the_fly,
+    i:int, # which picture of the pool
+):
     "Mean and standard deviation of picture i's latents (4, h, w); drawn where it is new."
     if i not in self.drawn:
         self.untouched()
@@ -505,7 +512,10 @@ def posterior(self:on_the_fly, i):
     return self.drawn[i][1:]
 
 @patch
-def half(self:on_the_fly, ks, b):
+def half(self:on_the_fly,
+    ks, # numbers of the samples
+    b,  # the subject's batch
+):      # dict of latents, noise, t and what else the batch has
     "Class samples: pictures of the pool in fresh noise."
     self.size = tuple(o*self.pipe.vae_scale_factor for o in b['latents'].shape[2:])
     which, (gens, t) = [self.picture(k) for k in ks], self.dice(ks)

@@ -523,8 +523,11 @@ def _guidance(x, interval, rescale):
         x = Guidance(**x)
     if hasattr(x, 'tolist'): x = x.tolist()
     if not isinstance(x, Guidance): x = Guidance(list(x) if hasattr(x, '__len__') else x)
-    changes = dict(interval=interval, rescale=None if (rescale := _number(rescale)) == 0 else rescale)
-    return dataclasses.replace(x, **{k: v for k, v in changes.items() if v is not None})
+    asked, said = dict(interval=_number(interval), rescale=None if (rescale := _number(rescale)) == 0 else rescale), x.changes()
+    asked = {k: tuple(v) if isinstance(v, list) else v for k, v in asked.items() if v is not None}
+    for k, v in asked.items():
+        if said.get(k, v) != v: raise BoothError(f"{k} is {v}, and the guidance says {said[k]}; say it once")
+    return dataclasses.replace(x, **asked)
 
 def _doses(g, prompts, n):
     "The guidance of each image, prompt by prompt."
