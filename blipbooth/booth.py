@@ -6,7 +6,7 @@
 __all__ = ['check_readers', 'Booth', 'demo']
 
 # %% ../nbs/20_booth.ipynb #f6a468bc
-import dataclasses, json, os, shutil, time, warnings
+import dataclasses, json, math, os, shutil, time, warnings
 from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from .images import contact_sheet, load_image, load_images, _suffixes, _text_bes
 from .learner import Callback
 from .matching import Matcher
 from .priors import article, class_prompts, load_priors, make_priors as draw_priors, _ClassHalf
-from .sampling import is_small, load_pipeline, sample, save_print, suited_guidance
+from .sampling import fingerprint, is_small, load_pipeline, sample, save_print, suited_guidance
 
 # %% ../nbs/20_booth.ipynb #49d6b38d
 def check_readers(
@@ -68,6 +68,10 @@ def _session(config, photos, token, class_noun, out):
     return c
 
 # %% ../nbs/20_booth.ipynb #6443910c
+def _spent(path): # {stage: seconds}; a log that is not there, or cannot be read, tells of none
+    with suppress(BoothError, OSError, ValueError, AttributeError): return {k: float(v) for k, v in load_json(path).items() if isinstance(v, (int, float))}
+    return {}
+
 def _marks(folder): # of the checkpoints that are there: others mean that another one may be the best, or the last
     best = folder/'best'
     return [(f.name, (f/'state.json').stat().st_mtime_ns) for f in Checkpoints(folder).found() if (f/'state.json').exists()], best.exists() and best.resolve()
@@ -101,7 +105,7 @@ class Booth:
         if c.out in [o.photos for o in c.subjects]: raise BoothError(f"the run would be written among the photos in {c.out}, and its pictures be taken for more of them; choose another out=")
         self.made = [o for o in (Path(c.out), *Path(c.out).parents) if not o.exists()]
         self.out, self.files, self.accepted = out_dir(c.out), {}, False
-        self.seconds = load_json(spent) if self.begun and (spent := self.out/'logs'/'seconds.json').is_file() else {}  # of each stage, in earlier sessions too
+        self.seconds = _spent(self.out/'logs'/'seconds.json') if self.own else {}  # of each stage, in earlier sessions too
 
     @cached_property
     def pipe(self): return load_pipeline(self.cfg.model or None, device=self.device)
@@ -120,6 +124,10 @@ class Booth:
         learned = [f'{o.token} {o.class_noun}' for o in c.subjects]
         if c.class_noun and self.subject not in learned: raise BoothError(f"{self.out} has learned {learned[0]!r}, not {self.subject!r}; open it with that token and class noun, or choose another out=")
         return pipe.to(self.device)
+    @property
+    def own(self): # are the photos of the run folder these?
+        kept = self.out/'photos.json'
+        return kept.is_file() and [o.get('hash') for o in load_json(kept)] == [p.hash for p in self.photos]
     @property
     def begun(self): return bool(Checkpoints(self.out/'checkpoints').found()) # is there something to go on from?
     def __repr__(self): return f'Booth({self.subject!r}, {len(self.photos)} photos, {self.out.name}/)'
@@ -208,7 +216,7 @@ def _stage(booth, name, anew=False):
     start = time.perf_counter()
     yield
     booth.seconds[name] = round((0 if anew else booth.seconds.get(name, 0)) + time.perf_counter() - start, 2)
-    if int(os.environ.get('RANK', 0)) == 0: _written(lambda f: save_json(f, booth.seconds), out_dir(booth.out/'logs')/'seconds.json')
+    if int(os.environ.get('RANK', 0)) == 0 and booth.own: _written(partial(save_json, obj=booth.seconds), out_dir(booth.out/'logs')/'seconds.json')
 
 # %% ../nbs/20_booth.ipynb #48bc4eac
 @patch
@@ -379,6 +387,7 @@ def save_prints(self:Booth,
 ) -> L:       # of files in samples/
     "Print once per prompt into the run folder."
     self.model                                                 # a run that has learned nothing is found out before the work
+    _check_whole('seed', seed, -math.inf, "it must be a whole number")
     samples, prompts = out_dir(self.out/'samples'), listify(prompts)
     with _stage(self, 'print'):
         images = sample(self.model, prompts, subject=self.subject, seed=[seed + i for i in range(len(prompts))], steps=30, guidance=self.guidance(self.model))
@@ -406,6 +415,7 @@ def prints_of(self:Booth,
     n_class:int=64,# class images; PRES of 16 wavers by 0.014, of 64 by half of that
 ):                # (prints of the name in `places()`, class images)
     "What evaluation looks at, for one model."
+    _check_whole('seed', seed, -math.inf, "it must be a whole number")
     _check_whole('n_class', n_class, 2, "DIV compares class images with each other: draw 2 or more, 64 is usual")
     prompts = [f'{article(name)} {p}' for p in self.places()]
     kw = dict(steps=steps, guidance=self.guidance(pipe) if guidance is None else guidance)
@@ -425,7 +435,7 @@ def evaluate(self:Booth,
         rows = {'photos': self.photos, 'prints before training': before[0], 'prints after training': after[0],
                 f'{article(noun)}, before': before[1], f'{article(noun)}, after': after[1]}
         metrics = [measure(self.matcher, self.captioner, self.photos, prints, asked, drawn) for prints, drawn in (before, after)]
-    self.report = Report.compare(*metrics, seconds=self.seconds, recipe=recipe(DreamBoothConfig.load(self.out/'config.yaml')), pictures=rows, subject=self.subject,
+    self.report = Report.compare(*metrics, seconds=self.seconds, recipe=recipe(DreamBoothConfig.load(self.out/'config.yaml'), model=fingerprint(self.model)), pictures=rows, subject=self.subject,
                                  captions={'photos': self.captions, 'prints before training': asked, 'prints after training': self.places()})
     self.report.save(self.out)
     track_report(self.cfg.trackers, self.out/'logs', self.report)

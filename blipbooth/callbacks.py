@@ -293,8 +293,11 @@ class Checkpoints(Callback):
 
     def save(self):
         "Write this step's checkpoint."
-        self.learn('before_save', alone=True)
+        ends = None
+        try: self.learn('before_save', alone=True)
+        except CancelFit as e: ends = e                        # when this is saved
         save_checkpoint(self.learn, self.folder/f'step-{self.learn.step:06d}', self.info)
+        if ends: raise ends
 
     def thin(self):
         "Let go of the oldest up to this step, but for the best; a damaged one beyond it counts for nothing."
@@ -339,7 +342,7 @@ def same_as(self:Checkpoints,
 ): # list of texts, one for each change
     "What has changed since a checkpoint, refused unless told otherwise."
     old, new = load_json(folder/'state.json')['info'], json.loads(json.dumps(info))
-    but = (*but, *({'weights', 'prior_prompts', 'built', 'class_half'} - {*old})) # which older checkpoints do not tell
+    but = (*but, *({'weights', 'prior_prompts', 'built', 'class_half'} - {*old}), *({'prior.n', 'prior.threshold', 'prior.dedupe'} - {*new})) # which older checkpoints do not tell, or tell without need
     differ = [_changed(k, old.get(k), new.get(k)) for k in {**old, **new} if k not in but and old.get(k) != new.get(k)]
     if differ and not self.anyway: raise BoothError(f"{folder} belongs to another run ({'; '.join(differ)}); give this one a folder of its own{', or resume all the same with anyway=True'*(self.anyway is not None)}")
     return differ
@@ -375,13 +378,16 @@ def due(self:Checkpoints):
 @patch
 def attempt(self:Checkpoints): # what went wrong, or ''
     "Save, as long as the disk allows it; all processes know whether it did."
-    self.time, said = time.monotonic(), ''
+    self.time, said, ends, acc = time.monotonic(), '', None, self.learn.accelerator
     try:
-        if self.learn.accelerator.is_main_process: self.save()
+        if acc.is_main_process: self.save()
+    except CancelFit as e: ends = e
     except (OSError, SafetensorError) as e: said = getattr(e, 'strerror', '') or str(e).splitlines()[0]
-    if not anyone(self.learn.accelerator, bool(said)):
-        self.learn('after_save')
-        if self.learn.accelerator.is_main_process: self.thin()
+    if not anyone(acc, bool(said)):
+        try: self.learn('after_save')
+        finally:
+            if acc.is_main_process: self.thin()
+    if anyone(acc, bool(ends)): raise ends or CancelFit('ended by another process')
     return said
 
 @patch
@@ -403,7 +409,7 @@ def after_fit(self:Checkpoints):
 # %% ../nbs/12_callbacks.ipynb #943d9cdb
 class Interrupts(Callback):
     "Turns the first SIGINT or SIGTERM into a save and a clean end."
-    order = 40
+    order, got = 40, None
     def before_fit(self):
         self.got, main = None, threading.current_thread() is threading.main_thread()
         self.old = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)} if main else {}
@@ -625,14 +631,14 @@ def check_trackers(
 def same_run(
     logs, # folder of the run's logs; None: nothing is kept
     config=None, # hyper-parameters to keep there, for who opens the run again
-    step=0, # how far it is; what TensorBoard knows of later steps is from before a kill, and void
+    step=None, # how far it is; what TensorBoard knows of later steps is from before a kill, and void
 ) -> dict: # {tracker: arguments that open the same run again}
     "What a tracker has to be told to go on with a run that it knows."
     if logs is None: return {}
     f = Path(logs)/'tracker.json'
     if config or not f.exists(): save_json(f, dict(id=load_json(f)['id'] if f.exists() else uuid4().hex[:12], config=config or {}))
     known = load_json(f)['id']
-    return dict(wandb=dict(id=known, resume='allow', dir=str(logs)), trackio=dict(name=known, resume='allow'), **dict(tensorboard=dict(purge_step=step + 1)) if step else {})
+    return dict(wandb=dict(id=known, resume='allow', dir=str(logs)), trackio=dict(name=known, resume='allow'), **{} if step is None else dict(tensorboard=dict(purge_step=step + 1)))
 
 class Track(Callback):
     "Sends the configuration and every step's numbers to the accelerator's trackers."

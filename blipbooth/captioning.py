@@ -1164,9 +1164,13 @@ def write_sidecar(
             if path.read_bytes().strip() == data.strip(): return True
             if not overwrite: return False
         side = path.with_name(f'.{file_hash(os.fsencode(path.name))[:16]}.tmp')  # short, whatever the name
-        side.write_bytes(data)
-        os.replace(side, path)
-    except OSError as e: raise BoothError(f"cannot write {path} ({e.strerror}); make the folder writable, and the same call goes on") from e
+        try:
+            side.write_bytes(data)
+            os.replace(side, path)
+        except OSError:
+            side.unlink(missing_ok=True)
+            raise
+    except OSError as e: raise BoothError(f"cannot write {path} ({e.strerror}); make room, or the folder writable, and the same call goes on") from e
     return True
 
 # %% ../nbs/03_captioning.ipynb #8c01d914
@@ -1231,7 +1235,8 @@ def _write_sidecars(self:FolderCaptions, records, extension, overwrite):
         picture = self.folder/o['file_name']
         if picture.exists():
             self.kept += not write_sidecar(picture, o['text'], extension, overwrite)
-            self.shared += any(picture.with_suffix(s).exists() for s in _suffixes if s != picture.suffix.lower())
+            others = (picture.with_suffix(s) for o in _suffixes for s in (o, o.upper()) if s != picture.suffix)
+            self.shared += any(o.exists() and not o.samefile(picture) for o in others)
 
 @patch
 def _work(self:FolderCaptions, batches, settings, overwrite, bar, sidecar):

@@ -60,7 +60,7 @@ def caption(
     from pathlib import Path
     from blipbooth.captioning import Captioner, Wording
     path = os.path.expanduser(path)
-    _check_idle(Path(path).is_file(), bool(out or sidecars), {'--recursive': recursive, '--out': out, '--sidecars': sidecars},
+    _check_idle(Path(path).is_file(), bool(out or sidecars), {'--recursive': recursive, '--out': out, '--sidecars': sidecars, '--overwrite': overwrite, '--where': where},
         {'--overwrite': overwrite, '--where': where}, {} if sidecars else {'--caption-extension': caption_extension != '.txt'})
     decoding = dict(preset=preset, seed=seed, num_beams=num_beams, max_new_tokens=max_new_tokens)
     how = dict(prompt=prompt, batch_size=batch_size, fit=fit, **{k: v for k, v in decoding.items() if v is not None})
@@ -334,8 +334,9 @@ def doctor():
 
 def _changed_files():
     "The bundled weights and photos that are no longer what was packed."
-    from blipbooth.core import bundled, bundled_sums, load_json
-    now, packed = bundled_sums(), load_json(bundled('captioner').parent/'sums.json')
+    from blipbooth.core import BoothError, bundled, bundled_sums, load_json
+    try: now, packed = bundled_sums(), load_json(bundled('captioner').parent/'sums.json')
+    except BoothError as e: raise BoothError(f"{e}; install blipbooth again") from None
     return [k for k, v in packed.items() if now.get(k) != v]
 
 def _opens(kind, changed):
@@ -455,6 +456,7 @@ def main(
     except OSError as e: _end(2, f"{e.filename or 'what was to be written'}: {e.strerror or e}")
     except KeyboardInterrupt as e: _end(130, str(e) or 'stopped' + '; the same command goes on where it left off'*_goes_on(argv))
     except Exception as e:
+        if 'home directory' in str(e): _end(2, 'a path begins with ~ and a name that nobody has here; write ./~NAME for a folder of that name')
         if type(e).__name__ != 'SafetensorError': raise
         _end(2, str(e).splitlines()[0])                       # a disk that is full
 

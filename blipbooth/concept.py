@@ -25,7 +25,7 @@ from safetensors.torch import save
 from .core import BoothError, atomic_write, file_hash, generator, nearest, randn, stateless_shuffle, weights_hash
 from .images import fit as fit_image, load_image, load_images, to_tensor, show_grid, _open, _sixteen, _stretched, _read_text, _sources, _text_beside, _upright
 from .priors import article, Priors
-from .sampling import plain_words, _token_limit
+from .sampling import _token_limit
 
 # %% ../nbs/10_concept.ipynb #103bbabf
 def _named_by(class_noun): # as a word of its own, with what belongs to it
@@ -194,7 +194,7 @@ def _mask_files(folder, photos):
     for p in photos:
         if p.path is None: raise BoothError(f"{p.name} has no file name to find its mask by; give the masks in a list")
     found, names = load_images(folder), [p.path.stem for p in photos]
-    for what, stems in ('photos', names), ('masks', [m.path.stem for m in found if m.path.stem in names]):
+    for what, stems in ('photos', [o.stem for o in {p.path for p in photos}]), ('masks', [m.path.stem for m in found if m.path.stem in names]):
         for o, n in Counter(stems).items():
             if n > 1: raise BoothError(f"{n} {what} are named {o!r}, and a photo in {folder} is found by its name; rename them, or give the masks in a list")
     by_name = {m.path.stem: m.path for m in found}
@@ -578,6 +578,6 @@ def training_set(
     if len(with_priors) not in (0, len(cs)): raise BoothError(f"{len(with_priors)} of {len(cs)} concepts have class images; give them to every concept or to none")
     name = lambda what, i: f'{what} {i}' if i else what
     subjects = [_stream(pipe, c.photos, c.captions, c.masks, size, seed, name('subject', i), o, True) for i, c in enumerate(cs)]
-    priors = [_stream(pipe, c.priors.images, [plain_words(t) for t in c.priors.prompts], None, size, seed, name('prior', i), o, False) for i, c in enumerate(with_priors)]
+    priors = [_stream(pipe, c.priors.images, c.priors.captions, None, size, seed, name('prior', i), o, False) for i, c in enumerate(with_priors)]
     T = pipe.scheduler.config.num_train_timesteps
     return TrainingSet(subjects, priors or None, min(T, o.high or T), o.low, [c.weight for c in cs], seed)

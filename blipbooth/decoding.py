@@ -36,7 +36,7 @@ _one_at_a_time = threading.RLock()
 _quiet = SimpleNamespace(lock=threading.Lock(), blocks=set(), state=ExitStack()) # of the whole process, as warnings and logs are
 
 class _Mute(logging.Filter): # a level is changed under a lock, which a Ctrl-C at the wrong moment leaves taken; a filter asks for none
-    def filter(self, record): return not _quiet.blocks
+    def filter(self, record): return not _quiet.blocks or record.levelno >= logging.ERROR or not record.name.startswith('transformers')
 
 _mute, _transformers = _Mute(), logging.getLogger('transformers')
 
@@ -52,7 +52,7 @@ def quiet_transformers():
     block = object()
     try:
         with _quiet.lock:
-            for o in _transformers.handlers: o.addFilter(_mute)
+            for o in [*_transformers.handlers, *logging.root.handlers*_transformers.propagate]: o.addFilter(_mute)
             if not _quiet.blocks: _quiet.state.enter_context(_no_warnings())
             _quiet.blocks.add(block)
         yield
@@ -231,7 +231,7 @@ def visible(
 
 # %% ../nbs/02_decoding.ipynb #c0ffee03
 LEFT_OUT = (BlipVisionModel, BlipEncoder, BlipEncoderLayer, BlipAttention,  # modules that the forwards above do not call: they call what is in them
-    BlipTextModel, BlipTextEncoder, BlipTextLayer, BlipTextAttention, BlipTextSelfAttention)
+    BlipTextModel, BlipTextEncoder, BlipTextLayer, BlipTextAttention, BlipTextSelfAttention, torch.nn.Dropout) # of attention's weights
 
 def listened(
     model, # a module

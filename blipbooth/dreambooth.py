@@ -829,7 +829,8 @@ def made_with(
 ) -> dict:
     "What must not change between a run and its resumption."
     free = ['out', 'photos', 'min_photos', 'preset', 'concepts', 'data.masks', 'data.cache', 'trackers', 'captioner', 'matcher', 'prior.candidates', 'prior.folder', 'model',
-            *(k for k in config_fields() if k.startswith(('checkpoint.', 'prints.'))), *['steps']*(cfg.schedule == 'constant'), *['compile']*(not cfg.compile)]
+            *(k for k in config_fields() if k.startswith(('checkpoint.', 'prints.'))), *['steps']*(cfg.schedule == 'constant'), *['compile']*(not cfg.compile),
+            *(['prior.n', 'prior.threshold', 'prior.dedupe'] if not cfg.prior.weight else ['prior.n'] if cfg.prior.folder else [])]  # which have no part in it
     info = {k: v for k, v in _flat(cfg).items() if k not in free}
     all_of = lambda f: [x for c in concepts for x in f(c)]
     info |= dict(photo_hashes=all_of(lambda c: [p.hash for p in c.photos]), captions=all_of(lambda c: c.captions), priors=all_of(lambda c: [r['hash'] for r in c.priors.kept] if c.priors else []))
@@ -1111,7 +1112,7 @@ def _newest(kept):
 def _chosen(run, checkpoint):
     "The folder of the checkpoint asked for, of the one that `best` points to now, or of the newest whole one."
     best, kept = run/'checkpoints'/'best', Checkpoints(run/'checkpoints')
-    at = Path(checkpoint) if checkpoint else best.resolve() if best.exists() else _newest(kept)
+    at = Path(checkpoint).expanduser() if checkpoint else best.resolve() if best.exists() else _newest(kept)
     if at is None: raise BoothError(f"{run} has no whole checkpoint yet; train it with: blipbooth train --resume {shlex.quote(str(run))}")
     if not at.is_dir(): raise BoothError(f"there is no checkpoint {at}; there are {', '.join(f.name for f in kept.found()) or 'none'}")
     return at

@@ -30,7 +30,9 @@ def _some(images, what, least=1):
 def _embed(matcher, images, what, least=1):
     "The embeddings of pictures, (n, d), float64, of unit length."
     photos = _some(images, what, least)
-    x = np.asarray(matcher.embed_images(photos), dtype=np.float64)
+    x = matcher.embed_images(photos)
+    x = np.asarray(x.detach().double().cpu() if hasattr(x, 'detach') else x, dtype=np.float64)
+    if x.ndim != 2 or len(x) != len(photos): raise BoothError(f"embed_images gave numbers of shape {x.shape} for {len(photos)} pictures; it has to give one row for each, ({len(photos)}, d)")
     size = np.linalg.norm(x, axis=1)
     for i, o in enumerate(size):
         if not 0 < o < math.inf: raise BoothError(f"{what} {i} has an embedding of length {o}; a finite one is needed: check the picture, and load the matcher in float32")
@@ -62,7 +64,8 @@ def prompt_words(
 )->list: # of words in lower case, each once
     "The words of a prompt that can be seen in a print."
     if '{' in prompt: raise BoothError(f"prompt {prompt!r} still has a part to fill in; write it out first, such as 'a sks fox on a purple background'")
-    prompt = re.sub(r':\s*[+-]?\d*\.?\d+\s*\)', ')', prompt)  # a weight, as in (red:1.3), is nothing to see
+    prompt = re.sub(r'\([^():]*:\s*[+-]?0+\.?0*\s*\)', ' ', prompt)            # what weighs nothing is not asked for,
+    prompt = re.sub(r':\s*[+-]?(\d+\.?\d*|\.\d+)\s*\)', ')', prompt)          # and a weight, as in (red:1.3), is nothing to see
     gone = _idle.union(*map(_words, listify(drop)))
     return list(dict.fromkeys(o for o in _words(prompt) if o not in gone))
 

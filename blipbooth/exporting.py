@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save
 from .core import BoothError, atomic_dir, atomic_write, load_json, resolve_model, _check_name
 from .dreambooth import DreamBoothConfig, config_fields, export_pipeline, merge_lora, open_run, token_rows, _only_ours, _text_name
+from .sampling import fingerprint, read_recipe
 
 # %% ../nbs/16_exporting.ipynb #7271f588
 def lora_layers(
@@ -155,6 +156,7 @@ def _recipe(cfg):
     own = {'photos', 'out', 'concepts', 'model', 'prior.folder', 'data.masks', *(('token', 'class_noun') if cfg.concepts else ())} # places on a disk, and what is said below
     own |= {k for k in ('captioner', 'matcher') if Path(getattr(cfg, k)).is_absolute()}
     rows = [f'| `{k}` | {v} |' for k, v in _flat(cfg).items() if v != config_fields()[k][0] and k not in own]
+    rows += [f"| `{k}` | {v if v == 'alpha' else '(a folder)'} |" for k, v in {'data.masks': cfg.data.masks, 'prior.folder': cfg.prior.folder}.items() if v]
     rows += [f"| `concepts.{i}` | {c.token} {c.class_noun}, weight {c.weight:g} |" for i, c in enumerate(cfg.concepts)]
     return '\n'.join(['| key | value |', '|---|---|', *rows]) if rows else 'The defaults.'
 
@@ -167,9 +169,9 @@ def _numbers(report):
 
 # %% ../nbs/16_exporting.ipynb #dc054221
 _USE = {
-    'diffusers': "pipe = StableDiffusionPipeline.from_pretrained('{repo}')",
-    'lora': "{base}\npipe.load_lora_weights('{repo}')",
-    'kohya': "{base}\npipe.load_lora_weights('{repo}', weight_name='lora.safetensors')",
+    'diffusers': "pipe = StableDiffusionPipeline.from_pretrained({repo!r})",
+    'lora': "{base}\npipe.load_lora_weights({repo!r})",
+    'kohya': "{base}\npipe.load_lora_weights({repo!r}, weight_name='lora.safetensors')",
     'single-file': "pipe = StableDiffusionPipeline.from_single_file('model.safetensors', config={config})",
     'embedding': '{base}',
 }
@@ -183,9 +185,9 @@ def _embeddings(cfg, format):
 
 def _use(cfg, format, repo, name):
     "Code that reads an export and prints a picture."
-    base = f"pipe = StableDiffusionPipeline.from_pretrained('{cfg.model}')" if cfg.model else 'pipe = load_pipeline()'
+    base = f"pipe = StableDiffusionPipeline.from_pretrained({cfg.model!r})" if cfg.model else 'pipe = load_pipeline()'
     lines = [_USE[format].format(repo=repo, base=base, config=repr(cfg.model) if cfg.model else "str(bundled('diffusion'))")]
-    lines += [f"pipe.load_textual_inversion('{repo}', weight_name='{f}')  # then write <{t}>" for t, f in _embeddings(cfg, format).items()]
+    lines += [f"pipe.load_textual_inversion({repo!r}, weight_name='{f}')  # then write <{t}>" for t, f in _embeddings(cfg, format).items()]
     ours, code = 'from blipbooth.{} import {}', '\n'.join([*lines, f"pipe('a {name}').images[0]"])
     needs = {'StableDiffusionPipeline': 'from diffusers import StableDiffusionPipeline', 'load_pipeline()': ours.format('sampling', 'load_pipeline'), 'bundled(': ours.format('core', 'bundled')}
     return '\n'.join([line for what, line in needs.items() if what in code] + [code])
@@ -214,7 +216,7 @@ def model_card(
     if left: beside.append(f"The {' and the '.join(left)} was trained{' in full'*(format != 'embedding')}, which this format does not hold; prints of the whole run look otherwise.")
     pictures = '\n'.join(f'![{p}]({p})' for p in prints) or 'None.'
     parts = [f"# {', '.join(f'{c.token} {c.class_noun}' for c in cfg.subjects)}", what, *beside, f'```python\n{_use(cfg, format, repo, names[0])}\n```',
-             '## Prints', pictures, '## Numbers', _numbers(report or {}), '## Recipe', f'Trained from {base}. What is not listed is the default.', _recipe(cfg), '## Licences',
+             '## Prints', pictures, '## Numbers', _numbers(report or {}), '## Recipe', f"Trained from {base}. What is not listed is the default{', or said of a subject alone (captions, masks, class images)'*bool(cfg.concepts)}.", _recipe(cfg), '## Licences',
              f'The weights derive from {base} and are under its licence ({licence}). The photos remain their owner\'s; prints of a person or of a protected work need that owner\'s leave.']
     return ModelCard(f'---\n{data.to_yaml()}\n---\n\n' + '\n\n'.join(parts) + '\n')
 
@@ -255,10 +257,15 @@ def _write(pipe, cfg, format, folder):
     elif format == 'single-file': export_single_file(pipe, folder/FORMATS[format])
     for token, f in _embeddings(cfg, format).items(): export_embedding(pipe, token, folder/f)
 
-def _pictures(run):
-    "A run's prints, or else the newest of those drawn on the way."
+def _printed_by(picture, mark):
+    "Was a print made with these weights, as far as it says?"
+    try: return read_recipe(picture).get('model') in (None, mark)
+    except BoothError: return True
+
+def _pictures(run, mark):
+    "A run's prints with the weights of that fingerprint, or else the newest of those drawn on the way."
     steps = sorted((run/'samples').glob('step-*'), key=lambda d: (len(d.name), d.name))
-    return next((found[:8] for d in [run/'samples', *steps[::-1]] if (found := sorted(d.glob('*.png')))), [])
+    return next((found[:8] for d in [run/'samples', *steps[::-1]] if (found := [p for p in sorted(d.glob('*.png')) if d in steps or _printed_by(p, mark)])), [])
 
 def export_run(
     run,               # run folder
@@ -273,11 +280,14 @@ def export_run(
     if (run/'config.yaml').is_file(): _check_format(DreamBoothConfig.load(run/'config.yaml'), run, format)
     _check_folder(run, out)
     pipe, cfg = open_run(run, checkpoint)
-    pictures = _pictures(run)
+    mark, report = fingerprint(pipe), load_json(run/'report.json') if (run/'report.json').exists() else None
+    pictures = _pictures(run, mark)
+    if report and (report.get('recipe') or {}).get('model', mark) != mark:
+        warnings.warn(f"{run/'report.json'} measured other weights than these, so the card goes without numbers; evaluate the run again")
+        report = None
     with atomic_dir(out) as tmp:
         _write(pipe, cfg, format, tmp)
         for p in pictures: shutil.copy(p, tmp/p.name)
-        report = load_json(run/'report.json') if (run/'report.json').exists() else None
         model_card(cfg, format, report, [p.name for p in pictures], license, repo or out.name).save(tmp/'README.md')
 
 # %% ../nbs/16_exporting.ipynb #deaf14df

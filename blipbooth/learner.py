@@ -6,7 +6,7 @@
 __all__ = ['CancelFit', 'Callback', 'anyone', 'Learner']
 
 # %% ../nbs/11_learner.ipynb #b29c839a
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 import torch
 from fastcore.basics import patch, store_attr
 from .core import stateless_seed
@@ -44,12 +44,12 @@ class Learner:
     ):
         from accelerate import Accelerator
         store_attr(but='cbs,accelerator')
-        self.accelerator, self.step, self.cancelled, self.grad_norm = accelerator or Accelerator(), 0, None, None
+        self.accelerator, self.step, self.cancelled, self.grad_norm, self.losses = accelerator or Accelerator(), 0, None, None, {}
         self.cbs = sorted(cbs, key=lambda c: c.order)
         for c in self.cbs: c.learn = self
 
     def __repr__(self):
-        loss = f", loss {self.losses['loss']:.3g}" if hasattr(self, 'losses') else ''
+        loss = f", loss {self.losses['loss']:.3g}" if self.losses else ''
         return f"Learner(step {self.step} of {self.steps}{loss}{', ' + self.cancelled if self.cancelled else ''})"
 
     def __call__(self, moment, alone=False):
@@ -79,7 +79,7 @@ def fit(self:Learner):
         self('after_fit')
     except CancelFit as e:
         self.cancelled = str(e) or 'ended by a callback'
-        self('after_cancel')
+        with suppress(CancelFit): self('after_cancel')  # it has ended
     finally:
         self.model.eval()
         with ExitStack() as each:  # whatever one of them raises, the others clean up

@@ -36,6 +36,9 @@ class Priors:
     @property
     def prompts(self): return [r['prompt'] for r in self.kept]
     @property
+    def captions(self): # what they are called in training: the words they were drawn with, or, of those from elsewhere, the text beside them
+        return [plain_words(r['prompt']) if r.get('seed') is not None else r['prompt'].replace('\\(', '(').replace('\\)', ')') for r in self.kept]
+    @property
     def rejection_rate(self): return 1 - len(self.kept)/max(1, len(self.records))
     def __len__(self): return len(self.kept)
     def __repr__(self): return f'Priors({len(self)} images in {self.folder.name}/, {self.rejection_rate:.0%} rejected)'

@@ -22,7 +22,7 @@ from fastcore.foundation import L
 from PIL import Image, ImageDraw, PngImagePlugin
 from .core import BoothError, Settings, atomic_write, generator, load_json, nearest, progress, randn, resolve_model, weights_hash, _check_name, _check_whole, _number
 from .decoding import _loading
-from .diffusion import Guidance, alpha_sigma, answer_for, predict_x0, _within
+from .diffusion import Guidance, alpha_sigma, answer_for, guided_steps, predict_x0, _within
 from .layers import compiled, quick, watched
 from .images import _font, _gap, _paste, _wrap, fit, load_image, show_grid, to_tensor, Photo, _sources, _stretched
 
@@ -526,7 +526,7 @@ def _guidance(x, interval, rescale):
     asked, said = dict(interval=_number(interval), rescale=None if (rescale := _number(rescale)) == 0 else rescale), x.changes()
     asked = {k: tuple(v) if isinstance(v, list) else v for k, v in asked.items() if v is not None}
     for k, v in asked.items():
-        if said.get(k, v) != v: raise BoothError(f"{k} is {v}, and the guidance says {said[k]}; say it once")
+        if k in said and said[k] != v: raise BoothError(f"{k} is {v}, and the guidance says {said[k]}; say it once")
     return dataclasses.replace(x, **asked)
 
 def _doses(g, prompts, n):
@@ -589,6 +589,11 @@ def _check_numbers(n, batch, index):
     _check_whole('n', n, 1, "print at least 1 image")
     if batch is not None: _check_whole('batch', batch, 1, "it must be at least 1, or None")
     _check_whole('index', index, 0, "images are counted from 0")
+
+def _tell_unguided(guidance, whole, left):
+    "Say where an interval falls between the steps that are taken."
+    if not any(i >= whole - left for i in guided_steps(guidance.interval, whole)):
+        warnings.warn(f"the interval {guidance.interval} holds none of the {left} steps that are taken, so nothing is guided; widen it, or take more steps", stacklevel=3)
 
 def _check_strength(steps, strength, init, mask):
     "The share of the way that is left, where a print begins with a photo."
@@ -809,7 +814,7 @@ def _built_as(pipe):
 def fingerprint(
     pipe, # StableDiffusionPipeline
 )->str: # 16 hexadecimal digits
-    "A hash of the weights, how the parts are built, the noise schedule, and what is switched on of adapters and FreeU, which decide what a pipeline draws."
+    "A hash of the weights, how the parts are built, the noise schedule, and what is switched on of adapters and FreeU, which decide what a pipeline draws; hooks and replaced forwards, which may do anything, are not in it."
     named, more = _weights(pipe), _built_as(pipe) + _switched({o: getattr(pipe, o) for o in _parts})
     seen = more, _glance(named)
     if vars(pipe).get('_glanced', (None,))[0] != seen: vars(pipe)['_glanced'] = seen, weights_hash(named, more)
@@ -938,6 +943,7 @@ def sample(
     if mask is not None: own = _for_masks(own)
     if guidance.how == 'apg' or getattr(callback, 'clean', False): _check_clean(own)
     each = _check_steps(own, steps, strength)
+    _tell_unguided(guidance, len(own.timesteps), each)
     _check_masks(pipe, jobs, size)
     if model or precision or not return_latents: model = _check_model(pipe, model, precision)
     with _alone(pipe), _tiled(pipe.vae, tiling) as tiling: prints = _print(pipe, jobs, batch or _batch_size(pipe, size), callback, long, restore_mean, each, return_latents=return_latents,
