@@ -6,7 +6,7 @@
 __all__ = ['VERBS', 'demo', 'caption', 'match', 'priors', 'train', 'evaluate', 'sample', 'export', 'doctor', 'parser', 'main']
 
 # %% ../nbs/22_cli.ipynb #0514ca55
-import argparse, inspect, itertools, os, re, secrets, shlex, sys, warnings
+import argparse, errno, inspect, itertools, os, re, secrets, shlex, sys, warnings
 from contextlib import contextmanager
 from fastcore.docments import docments
 
@@ -453,12 +453,12 @@ def main(
     except BrokenPipeError:                                   # nobody reads on, as behind `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141)
-    except OSError as e: _end(2, f"{e.filename or 'what was to be written'}: {e.strerror or e}")
+    except OSError as e: _end(2, f"{e.filename or 'what was to be written'}: {e.strerror or e}" + '; make room, and give the command again'*(e.errno == errno.ENOSPC))
     except KeyboardInterrupt as e: _end(130, str(e) or 'stopped' + '; the same command goes on where it left off'*_goes_on(argv))
     except Exception as e:
         if 'home directory' in str(e): _end(2, 'a path begins with ~ and a name that nobody has here; write ./~NAME for a folder of that name')
         if type(e).__name__ != 'SafetensorError': raise
-        _end(2, str(e).splitlines()[0])                       # a disk that is full
+        _end(2, str(e).splitlines()[0] + '; make room, and give the command again'*('No space' in str(e)))
 
 # %% ../nbs/22_cli.ipynb #c0db5632
 if __name__ == '__main__' and '__file__' in globals(): main()  # as a script, not as a notebook
